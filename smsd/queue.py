@@ -1,0 +1,302 @@
+"""The queue: what is claimed, leased, limited, posted and settled, and who is alive to do it.
+
+Batches are claimed, not messages. A claim picks the fair lane, finds a time slot under every limit and leases, in
+one round trip; an intent makes it durable that a POST is about to leave; settle writes what came of it. The rules
+stand in `sql/migrations` as functions, the words for them here.
+
+Times that carry `_us` are microseconds of the database's clock.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import NamedTuple
+
+from smsd import database
+from smsd.database import Connection, Executor
+from smsd.model import MessageState
+
+SQL = database.queries("queue")
+
+GUARD_US = 35_000
+"""J: how much later than its slot a request may arrive and still be inside the limiter's window."""
+HORIZON_US = 100_000
+"""How far ahead of now slots are given; also what a newcomer waits for on a saturated account."""
+
+
+class Grant(NamedTuple):
+    """A lease on one batch, with the slot at which it may leave."""
+
+    batch_id: int
+    epoch: int
+    campaign_id: int
+    tenant_id: int
+    n: int
+    slot_us: int
+
+
+class Claim(NamedTuple):
+    """What a claim brought: grants, or what it waits for and when to come back (None: at the next wake)."""
+
+    grants: tuple[Grant, ...]
+    now_us: int
+    back_us: int | None
+    waits_for: str | None
+
+
+class Intent(NamedTuple):
+    """verdict: post | lost | cancelled | paused | empty; the rest is only there for post."""
+
+    verdict: str
+    attempt: int
+    sender: str
+    ids: list[int]
+    phones: list[int]
+    texts: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class AccountRow:
+    """A traffic account as senders see it."""
+
+    id: int
+    provider_id: str
+    api_key: str | None
+    server_error_means: str
+    requests_per_second: int
+    max_in_flight: int | None
+    paused_reason: str | None
+
+
+# ------------------------------------------------------------------------------------------ replicas
+
+
+async def register(db: Executor, name: str, version: str) -> int:
+    """A new registration of this process; returns its id, which owns its leases."""
+    return int(await db.fetchval(SQL["register_replica"], name, version))
+
+
+async def beat(db: Executor, replica_id: int) -> bool:
+    """Moves the heartbeat. False: this replica was declared dead."""
+    return await db.fetchval(SQL["beat"], replica_id) is not None
+
+
+async def leave(db: Executor, replica_id: int, reason: str) -> None:
+    """Says goodbye, so that nobody waits a lease for us."""
+    await db.execute(SQL["leave"], replica_id, reason)
+
+
+async def beats(db: Executor) -> dict[int, int]:
+    """Heartbeats of all that are not gone: id → beat."""
+    return {row["id"]: row["beat"] for row in await db.fetch(SQL["beats"])}
+
+
+async def bury(db: Executor, replica_id: int, beat: int) -> bool:
+    """Declares a replica dead, unless its heartbeat moved from `beat`."""
+    return await db.fetchval(SQL["bury"], replica_id, beat) is not None
+
+
+async def bury_all(db: Executor) -> None:
+    """Declares every earlier replica dead: for who holds the only lock on this database's folder."""
+    await db.execute(SQL["bury_all"])
+
+
+async def reap(db: Executor) -> tuple[int, int]:
+    """Takes from the dead; returns batches given back, and batches that became unknown."""
+    row = await db.fetchrow(SQL["reap"])
+    return (row["released"], row["unknown"]) if row else (0, 0)
+
+
+# --------------------------------------------------------------------------------------------- claim
+
+
+async def accounts(db: Executor) -> list[AccountRow]:
+    """Every traffic account that has a lane."""
+    return [AccountRow(**row) for row in await db.fetch(SQL["accounts"])]
+
+
+async def claim(
+    db: Executor, account_id: int, replica_id: int, want: int, lead_us: int, all_limit: int | None
+) -> Claim:
+    """Leases up to `want` batches of an account. `lead_us`: no slot earlier than this from now, the time that an
+    intent takes. `all_limit`: requests per second over all accounts."""
+    rows = await db.fetch(
+        SQL["claim"], account_id, replica_id, want, lead_us, HORIZON_US, all_limit
+    )
+    first = rows[0]
+    if first["batch_id"] is None:
+        return Claim((), first["now_us"], first["slot"], first["waits_for"])
+    grants = tuple(
+        Grant(r["batch_id"], r["epoch"], r["campaign_id"], r["tenant_id"], r["n"], r["slot"])
+        for r in rows
+    )
+    return Claim(grants, first["now_us"], None, None)
+
+
+async def intent(db: Executor, grant: Grant, replica_id: int) -> Intent:
+    """Writes the intent of a leased batch and returns what to post."""
+    row = await db.fetchrow(SQL["intent"], grant.batch_id, replica_id, grant.epoch)
+    assert row is not None
+    return Intent(*row.values())
+
+
+async def withdraw(db: Executor, grant: Grant, attempt: int, why: str) -> bool:
+    """Gives an unsent batch back with its grant. `attempt`: the intent's number, or the last one's before it."""
+    return bool(await db.fetchval(SQL["withdraw"], grant.batch_id, attempt, grant.epoch, why))
+
+
+async def arrived_late(db: Executor, account_id: int, grant: Grant) -> None:
+    """Keeps a request that may have arrived after its slot in the limiter's window from now on."""
+    await db.execute(SQL["arrived_late"], account_id, grant.tenant_id, grant.slot_us)
+
+
+async def grant_request(
+    db: Executor, account_id: int, all_limit: int | None
+) -> tuple[int | None, int, int | None]:
+    """A slot for one request that is not a batch: (slot or None, now, when to come back or None)."""
+    row = await db.fetchrow(SQL["grant_request"], account_id, HORIZON_US, all_limit)
+    assert row is not None
+    return row["slot"], row["now_us"], row["back_us"]
+
+
+async def wake_stranded(db: Executor) -> int:
+    """Wakes idle lanes that have something to do; how many there were (0, unless a wake was lost in a crash)."""
+    return len(await db.fetch(SQL["wake_stranded"]))
+
+
+async def wake_lane(db: Executor, lane_id: int, first_id: int) -> None:
+    """Says that a lane has batches from message `first_id` on."""
+    await db.execute(SQL["wake_lane"], lane_id, first_id)
+
+
+async def add_message(
+    db: Connection,
+    tenant_id: int,
+    account_id: int,
+    phone: int,
+    text: str,
+    sender: str,
+    segments: int,
+) -> int | None:
+    """Queues one message of the priority class; its id, or None when the credits do not reach."""
+    row = await db.fetchrow(
+        SQL["add_message"], tenant_id, account_id, phone, text, sender, segments
+    )
+    if row is None:
+        return None
+    await wake_lane(db, row["lane_id"], row["id"])
+    return int(row["id"])
+
+
+# -------------------------------------------------------------------------------------------- settle
+
+
+class SettledItem(NamedTuple):
+    """One message's part of an answer."""
+
+    message_id: int
+    state: MessageState
+    provider_id: str | None
+    detail: str | None
+
+
+async def settle_items(
+    db: Executor,
+    batch_id: int,
+    attempt: int,
+    items: Sequence[SettledItem],
+    bulk_id: str | None,
+    status: int | None,
+) -> bool:
+    """Writes an answer that decided item by item: one transaction. False: a newer attempt exists, recorded only."""
+    return bool(
+        await db.fetchval(
+            SQL["settle_items"],
+            batch_id,
+            attempt,
+            [item.message_id for item in items],
+            [int(item.state) for item in items],
+            [item.provider_id for item in items],
+            [item.detail for item in items],
+            bulk_id,
+            status,
+        )
+    )
+
+
+async def settle_batch(
+    db: Executor,
+    batch_id: int,
+    attempt: int,
+    action: str,
+    outcome: str,
+    *,
+    status: int | None = None,
+    detail: str | None = None,
+    delay_seconds: float = 0.0,
+    most: int = 1,
+    refusal: str | None = None,
+) -> str:
+    """Writes one outcome for the whole batch. action: again | back | refused | unknown (see the function in SQL);
+    returns ready | waiting | failed | unknown | split | lane_paused | cancelled | duplicate."""
+    return str(
+        await db.fetchval(
+            SQL["settle_batch"],
+            batch_id, attempt, action, outcome, status, detail, delay_seconds, most, refusal,
+        )
+    )  # fmt: skip
+
+
+async def block_account(db: Executor, account_id: int, seconds: float) -> None:
+    """No replica sends for this account for so long."""
+    await db.execute(SQL["block_account"], account_id, seconds)
+
+
+async def pause_account(db: Executor, account_id: int, reason: str, detail: str) -> bool:
+    """Stops an account until a person lifts it; False if it was stopped already."""
+    return await db.fetchval(SQL["pause_account"], account_id, reason, detail) is not None
+
+
+async def lower_largest_request(db: Executor, account_id: int, refused_n: int) -> None:
+    """Remembers that a request of `refused_n` messages was too large."""
+    await db.execute(SQL["lower_largest_request"], account_id, refused_n)
+
+
+async def pause_campaign_of(
+    db: Executor, batch_id: int, reason: str, detail: str
+) -> tuple[bool, bool]:
+    """Pauses the campaign of a batch; (whether it did, whether another tenant of the account stands likewise)."""
+    row = await db.fetchrow(SQL["pause_batch_campaign"], batch_id, reason, detail)
+    return (bool(row["paused"]), bool(row["others"])) if row else (False, False)
+
+
+# ------------------------------------------------------------------------------------------ receipts
+
+
+class ReceiptRow(NamedTuple):
+    """One receipt ready to be applied; account_id where the webhook's secret named the account."""
+
+    account_id: int | None
+    provider_id: str
+    state: int
+    at: datetime | None
+    description: str | None
+
+
+async def apply_receipts(db: Executor, receipts: Sequence[ReceiptRow]) -> tuple[int, int]:
+    """Applies receipts in one transaction: (messages that moved, receipts kept for ids not known yet)."""
+    row = await db.fetchrow(SQL["apply_receipts"], *map(list, zip(*receipts, strict=True)))
+    assert row is not None
+    return row["updated"], row["kept"]
+
+
+async def rejoin_receipts(db: Executor, provider_ids: Sequence[str] | None) -> int:
+    """Matches early receipts (None: all) with messages known by now; how many messages moved."""
+    return int(await db.fetchval(SQL["rejoin_receipts"], provider_ids))
+
+
+async def keep_raw_receipts(
+    db: Executor, account_id: int | None, bodies: Sequence[str], whys: Sequence[str]
+) -> None:
+    """Keeps what came in as a receipt and could not be read."""
+    await db.execute(SQL["keep_raw_receipts"], account_id, bodies, whys)

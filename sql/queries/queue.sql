@@ -1,0 +1,126 @@
+-- name: register_replica
+-- A new registration: a new id, so what an earlier life of this process leased is not ours.
+insert into replica (name, version) values ($1, $2) returning id;
+
+-- name: beat
+-- Still here. No row: somebody declared this replica dead; it must stop claiming and register anew.
+update replica set beat = beat + 1, beat_at = clock_timestamp() where id = $1 and gone_at is null returning beat;
+
+-- name: leave
+-- An orderly goodbye.
+update replica set gone_at = clock_timestamp(), gone_reason = $2 where id = $1 and gone_at is null;
+
+-- name: beats
+-- Everybody's heartbeat, for a reaper to watch whether it moves.
+select id, beat from replica where gone_at is null;
+
+-- name: bury
+-- Declares dead the one whose heartbeat we watched not moving; nothing if it has moved since.
+update replica set gone_at = clock_timestamp(), gone_reason = 'no heartbeat for a lease'
+ where id = $1 and beat = $2 and gone_at is null returning id;
+
+-- name: bury_all
+-- For whoever knows that it is alone with this database: all earlier replicas are gone.
+update replica set gone_at = clock_timestamp(), gone_reason = 'the only process of this database started anew'
+ where gone_at is null;
+
+-- name: reap
+-- Leases of the gone without intent go back, intents without result become unknown.
+select released, unknown from reap();
+
+-- name: claim
+-- The fair lane's batches with their slots, leased to us; or what to wait for.
+select batch_id, epoch, campaign_id, tenant_id, n, slot, now_us, waits_for
+  from claim($1, $2, $3, $4, $5, $6);
+
+-- name: intent
+-- Durable word that the batch is about to be posted, after one more look at whether it may be; and what to post.
+select verdict, attempt, sender, ids, phones, texts from intent($1, $2, $3);
+
+-- name: withdraw
+-- Back to its place with the grant returned, as long as nothing left.
+select withdraw($1, $2, $3, $4);
+
+-- name: arrived_late
+-- What may have arrived after its slot stays in the limiter's window until now.
+select arrived_late($1, $2, $3, clock_us());
+
+-- name: settle_items
+-- Mitto's answer item by item: states, ids, credits, counters. False after a newer attempt.
+select settle_items($1, $2, $3, $4, $5, $6, $7, $8);
+
+-- name: settle_batch
+-- One outcome for the whole batch; tells what became of it.
+select settle_batch($1, $2, $3, $4, $5, $6, $7, $8, $9);
+
+-- name: grant_request
+-- One request of the account's limit for a GET: its slot, or when to come back.
+select slot, now_us, back_us from grant_request($1, $2, $3);
+
+-- name: apply_receipts
+-- Largest state seen wins; ids not known yet are kept.
+select updated, kept from apply_receipts($1, $2, $3, $4, $5);
+
+-- name: rejoin_receipts
+-- Early receipts whose message is known by now.
+select rejoin_receipts($1);
+
+-- name: keep_raw_receipts
+-- What could not be read, as it came.
+insert into raw_receipt (account_id, body, why) select $1, body, why from unnest($2::text[], $3::text[]) as u(body, why);
+
+-- name: accounts
+-- What senders need of every account that has a lane.
+select a.id, a.provider_id, a.api_key, a.server_error_means, a.requests_per_second, a.max_in_flight, a.paused_reason
+  from traffic_account a
+ where exists (select from lane where lane.account_id = a.id);
+
+-- name: block_account
+-- Throttled: all replicas wait until then. Never shortens a wait.
+update traffic_account
+   set blocked_until = greatest(coalesce(blocked_until, '-infinity'), clock_timestamp() + make_interval(secs => $2))
+ where id = $1;
+
+-- name: pause_account
+-- Nothing leaves for it until a person lifts it.
+update traffic_account set paused_reason = $2, paused_detail = $3, updated_at = clock_timestamp()
+ where id = $1 and paused_reason is null returning id;
+
+-- name: lower_largest_request
+-- Mitto said 413 to n messages: from now on at most half of that.
+update traffic_account set largest_request = greatest(1, $2 / 2)
+ where id = $1 and largest_request > greatest(1, $2 / 2) returning largest_request;
+
+-- name: pause_batch_campaign
+-- The campaign of a batch stops with a reason; tells whether another tenant of the account stands refused as well.
+select pause_campaign(b.campaign_id, $2, $3) as paused,
+       exists (select from lane l join campaign c on c.id = l.campaign_id
+                where l.account_id = b.account_id and l.tenant_id <> b.tenant_id and l.paused
+                  and c.status = 'paused' and c.paused_reason = $2) as others
+  from batch b where b.id = $1;
+
+-- name: wake_stranded
+-- The slow look behind NOTIFY: idle lanes that have something to do, from their start.
+with stranded as (
+  select l.id from lane l
+   where l.idle and not l.closed and not l.paused
+     and exists (select from batch b where b.lane_id = l.id and b.state in (0, 1)))
+select wake_lane(id, 0) from stranded;
+
+-- name: add_message
+-- One message of the priority class, with its hold, in a batch of its own. No row: not enough credits.
+with lane_ as (
+  insert into lane (account_id, tenant_id, class, campaign_id) values ($2, $1, 0, 0)
+  on conflict (account_id, tenant_id, class, campaign_id) do update set class = 0 returning id),
+ids as (select take_message_ids(1) as id),
+held as (select move_credits($1, 'hold', $6::int, 0, null, 'message') as ok),
+message_ as (
+  insert into message (campaign_id, id, phone, text, segments)
+  select 0, ids.id, $3::bigint, $4::text, $6::int from ids, held where held.ok returning id)
+insert into batch (campaign_id, lane_id, tenant_id, account_id, first_id, last_id, n, segments, sender)
+select 0, lane_.id, $1, $2, message_.id, message_.id, 1, $6::int, $5 from message_, lane_
+returning first_id as id, lane_id;
+
+-- name: wake_lane
+-- The lane is non-empty from this message on.
+select wake_lane($1, $2);
