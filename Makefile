@@ -1,8 +1,8 @@
 # Works from a fresh checkout: the first target that needs .venv makes it and installs by the lock.
 
-PYTHONS ?= python3.14 python3.13 python3.12 python3.11 python3
-PYTHON := .venv/bin/python
-PIP := $(PYTHON) -m pip --disable-pip-version-check --quiet --quiet
+PYTHON ?= python3.14 python3.13 python3.12 python3.11 python3
+VENV_PYTHON := .venv/bin/python
+PIP := $(VENV_PYTHON) -m pip --disable-pip-version-check --quiet --quiet
 UV := $(firstword $(wildcard .venv/bin/uv) uv)
 COMPILE = $(UV) pip compile pyproject.toml --quiet --upgrade --universal --python-version 3.11 \
 	--generate-hashes --annotation-style line --no-emit-index-url --custom-compile-command "make lock" --extra embedded
@@ -20,24 +20,24 @@ serve: .venv/.installed ## the daemon, with a Postgres of its own unless SMSD_DA
 	@.venv/bin/smsd serve
 
 test: lint ## every check, then every test with coverage
-	@$(PYTHON) -m pytest -n 2 --dist loadgroup --cov --cov-report=term:skip-covered
+	@$(VENV_PYTHON) -m pytest -n 2 --dist loadgroup --cov --cov-report=term:skip-covered
 
 lint: .venv/.installed-dev ## ruff, mypy and the import rules
-	@$(PYTHON) -m ruff check
-	@$(PYTHON) -m ruff format --check
-	@$(PYTHON) -m mypy
+	@$(VENV_PYTHON) -m ruff check
+	@$(VENV_PYTHON) -m ruff format --check
+	@$(VENV_PYTHON) -m mypy
 	@.venv/bin/lint-imports --no-logo
 
 format: .venv/.installed-dev ## let ruff put the code in shape
-	@$(PYTHON) -m ruff check --fix
-	@$(PYTHON) -m ruff format
+	@$(VENV_PYTHON) -m ruff check --fix
+	@$(VENV_PYTHON) -m ruff format
 
 lock: ## resolve the newest versions that pyproject.toml takes (needs uv)
 	@command -v $(UV) >/dev/null || { echo "make lock: uv is not on the PATH: pip install uv" >&2; exit 1; }
 	$(COMPILE) --group dev --output-file requirements-dev.lock
 	$(COMPILE) --group build --constraints requirements-dev.lock --output-file requirements.lock
 
-clean: ## back to a fresh checkout; data in .smsd stays
+clean: ## back to a fresh checkout; the data in ~/.smsd stays
 	rm -rf .venv build dist .coverage* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find smsd tests bench -type d -name __pycache__ -prune -exec rm -rf {} +
 
@@ -51,15 +51,15 @@ define install
 @touch $@
 endef
 
-.venv/.installed: requirements.lock pyproject.toml $(PYTHON)
+.venv/.installed: requirements.lock pyproject.toml $(VENV_PYTHON)
 	$(call install,requirements.lock)
 
-.venv/.installed-dev: requirements-dev.lock pyproject.toml $(PYTHON)
+.venv/.installed-dev: requirements-dev.lock pyproject.toml $(VENV_PYTHON)
 	$(call install,requirements-dev.lock)
 	@touch .venv/.installed
 
-$(PYTHON):
-	@for python in $(PYTHONS); do \
+$(VENV_PYTHON):
+	@bare=; for python in $(PYTHON); do \
 		"$$python" -Ic 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue; \
 		"$$python" -Ic 'import ensurepip, venv' 2>/dev/null || { bare=$${bare:-$$python}; continue; }; \
 		echo "Making .venv with $$("$$python" -V) ..."; \
@@ -70,5 +70,5 @@ $(PYTHON):
 		name=$$("$$bare" -Ic 'import sys; print("python%d.%d-venv" % sys.version_info[:2])'); \
 		echo "make: $$bare has no ensurepip, so it cannot make .venv: on Debian and Ubuntu, apt install $$name" >&2; \
 	else \
-		echo "make: no Python 3.11 or newer among $(PYTHONS): install one, or name it: make PYTHONS=/path/to/python3" >&2; \
+		echo "make: no Python 3.11 or newer among $(PYTHON): install one, or name it: make PYTHON=/path/to/python3" >&2; \
 	fi; exit 1

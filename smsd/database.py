@@ -42,6 +42,8 @@ AWAY: tuple[type[BaseException], ...] = (
     asyncpg.OperatorInterventionError,
     asyncpg.InsufficientResourcesError,
     asyncpg.InternalClientError,
+    asyncpg.TransactionRollbackError,
+    asyncpg.LockNotAvailableError,
 )
 
 _MIGRATION_LOCK = 7276300
@@ -112,10 +114,10 @@ async def _keep_as_is(_connection: Any) -> None:
 
 
 async def open_pool(dsn: str, size: int) -> Pool:
-    """A pool of up to `size` connections. Raises one of AWAY when Postgres does not answer."""
+    """A pool of up to `size` connections, each opened when it is first needed: Postgres need not be there yet."""
     return await asyncpg.create_pool(
         dsn,
-        min_size=min(4, size),
+        min_size=0,
         max_size=size,
         init=_prepare,
         reset=_keep_as_is,

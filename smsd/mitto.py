@@ -275,7 +275,8 @@ TABLE: tuple[tuple[Callable[[_Answer], bool], Outcome], ...] = (
     (lambda _: True, Outcome.UNKNOWN),
 )
 
-_ID_IN_BODY = re.compile(rb'"message_?id"\s*:\s*(?:"\s*[^"\s]|\d)', re.IGNORECASE)
+# Backslashes: a gateway may have put the whole answer into a string.
+_ID_IN_BODY = re.compile(rb'"message_?id\\*"\s*:\s*(?:\\*"\s*[^"\\\s]|\d)', re.IGNORECASE)
 
 
 def _results(document: object, count: int) -> list[object] | None:
@@ -302,8 +303,9 @@ def _item_results(
     """An id = accepted, whatever else stands there; an error without id = refused; else unknown."""
     ids = [_message_id(element) for element in results]
     seen = Counter(ids)
+    accepted = MessageState.ACCEPTED
     return tuple(
-        ItemResult(item.message_id, MessageState.ACCEPTED, provider_id, None)
+        ItemResult(item.message_id, accepted, provider_id, None)
         if provider_id is not None and seen[provider_id] == 1
         else _undecided(item, provider_id, element, api_key)
         for item, provider_id, element in zip(items, ids, results, strict=True)
@@ -407,17 +409,19 @@ class _Body(aiohttp.Payload):
 class _GatedRequest(aiohttp.ClientRequest):
     """Puts the gate between the connection in hand and the first byte.
 
-    aiohttp keeps the head of a request until its body is written, so nothing leaves before the
-    gate. Raising in a trace signal instead would lose the connection without closing it, and
-    closing it would be worse than wasteful: where connecting takes longer than a slot lasts,
-    every POST would come late on a new connection, for ever. So it goes back to the pool.
+    aiohttp holds the head of a request back until its body is written (at once; on Python 3.11 one
+    turn of the loop later), so nothing leaves before the gate. Raising in a trace signal instead
+    would lose the connection without closing it. Closing it would be no better: where connecting
+    takes longer than a slot lasts, every POST would come late on a new connection, for ever. So a
+    withdrawn POST gives its connection back.
     """
 
     async def send(self, conn: Connection) -> aiohttp.ClientResponse:
+        if _is_stale(conn):
+            # The class that makes aiohttp try a GET on another connection, and never a POST.
+            raise aiohttp.ServerDisconnectedError("the pooled connection had gone stale")
         body = self.body
         if isinstance(body, _Body):
-            if _is_stale(conn):
-                raise aiohttp.ClientConnectionError("the pooled connection had gone stale")
             try:
                 body.pass_gate()
             except BaseException:
@@ -446,6 +450,8 @@ def _is_stale(conn: Connection) -> bool:
 # --- the client ------------------------------------------------------------------------------
 def encode(account: Account, items: Sequence[Item]) -> bytes:
     """The body of a POST: the element itself for one item, `{"messages": […]}` for more."""
+    if not items:
+        raise ValueError("there is nothing to post")
     elements = [
         {
             "trafficAccountId": account.provider_id,
@@ -462,7 +468,6 @@ async def _read(response: aiohttp.ClientResponse) -> bytes:
     async for chunk in response.content.iter_any():
         body += chunk
         if len(body) > ANSWER_BYTES_MAX:
-            response.close()
             raise ValueError(f"the answer is larger than {ANSWER_BYTES_MAX} bytes")
     return bytes(body)
 

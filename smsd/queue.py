@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from smsd import database
 from smsd.database import Connection, Executor
-from smsd.model import MessageState
+from smsd.mitto import ItemResult
 
 SQL = database.queries("queue")
 
@@ -71,6 +71,29 @@ class AccountRow:
 # ------------------------------------------------------------------------------------------ replicas
 
 
+@dataclass(slots=True)
+class Standing:
+    """This process among the replicas: the id that owns its leases, and until when they surely hold.
+
+    `beat_at` is the clock (`mitto.clock`) when the last heartbeat that was acknowledged was sent; nobody who
+    watched the heartbeat can have seen it rest for a lease before `beat_at` + lease.
+    """
+
+    name: str
+    lease_seconds: float
+    replica_id: int = 0
+    beat_at: float = 0.0
+
+    @property
+    def id(self) -> int | None:
+        """The registration, None while there is none."""
+        return self.replica_id or None
+
+    def holds(self, now: float) -> bool:
+        """Whether a lease surely holds for another tenth of its length."""
+        return self.replica_id != 0 and now < self.beat_at + 0.9 * self.lease_seconds
+
+
 async def register(db: Executor, name: str, version: str) -> int:
     """A new registration of this process; returns its id, which owns its leases."""
     return int(await db.fetchval(SQL["register_replica"], name, version))
@@ -107,6 +130,37 @@ async def reap(db: Executor) -> tuple[int, int]:
     return (row["released"], row["unknown"]) if row else (0, 0)
 
 
+class DatabaseClock:
+    """The database's clock as seen from this process: an interval, since a reading takes a round trip.
+
+    Each reading bounds the offset (database minus `mitto.clock`) from both sides; readings are intersected, and
+    the interval widens with time, as clocks drift apart (Marzullo's way of keeping an offset honest).
+    """
+
+    _DRIFT = 100e-6
+
+    def __init__(self) -> None:
+        self._low = self._high = 0.0
+        self._read_at: float | None = None
+
+    def observe(self, before: float, after: float, now_us: int) -> None:
+        """A reading: the database said `now_us` at some time between `before` and `after`."""
+        low, high = now_us / 1e6 - after, now_us / 1e6 - before
+        if self._read_at is not None:
+            slack = (after - self._read_at) * self._DRIFT
+            if low <= self._high + slack and high >= self._low - slack:
+                low, high = max(low, self._low - slack), min(high, self._high + slack)
+        self._low, self._high, self._read_at = low, high, after
+
+    def surely_at(self, slot_us: int) -> float:
+        """The local time from which on the database's clock has surely reached the slot."""
+        return slot_us / 1e6 - self._low
+
+    def maybe_at(self, slot_us: int) -> float:
+        """The local time from which on the database's clock may have reached the slot."""
+        return slot_us / 1e6 - self._high
+
+
 # --------------------------------------------------------------------------------------------- claim
 
 
@@ -116,12 +170,19 @@ async def accounts(db: Executor) -> list[AccountRow]:
 
 
 async def claim(
-    db: Executor, account_id: int, replica_id: int, want: int, lead_us: int, all_limit: int | None
+    db: Executor,
+    account_id: int,
+    replica_id: int,
+    want: int,
+    *,
+    lead_us: int,
+    all_limit: int | None = None,
+    priority_only: bool = False,
 ) -> Claim:
     """Leases up to `want` batches of an account. `lead_us`: no slot earlier than this from now, the time that an
     intent takes. `all_limit`: requests per second over all accounts."""
     rows = await db.fetch(
-        SQL["claim"], account_id, replica_id, want, lead_us, HORIZON_US, all_limit
+        SQL["claim"], account_id, replica_id, want, lead_us, HORIZON_US, all_limit, priority_only
     )
     first = rows[0]
     if first["batch_id"] is None:
@@ -140,9 +201,9 @@ async def intent(db: Executor, grant: Grant, replica_id: int) -> Intent:
     return Intent(*row.values())
 
 
-async def withdraw(db: Executor, grant: Grant, attempt: int, why: str) -> bool:
-    """Gives an unsent batch back with its grant. `attempt`: the intent's number, or the last one's before it."""
-    return bool(await db.fetchval(SQL["withdraw"], grant.batch_id, attempt, grant.epoch, why))
+async def withdraw(db: Executor, grant: Grant, why: str) -> bool:
+    """Gives an unsent batch back with its grant, whether or not its intent was written."""
+    return bool(await db.fetchval(SQL["withdraw"], grant.batch_id, grant.epoch, why))
 
 
 async def arrived_late(db: Executor, account_id: int, grant: Grant) -> None:
@@ -191,20 +252,11 @@ async def add_message(
 # -------------------------------------------------------------------------------------------- settle
 
 
-class SettledItem(NamedTuple):
-    """One message's part of an answer."""
-
-    message_id: int
-    state: MessageState
-    provider_id: str | None
-    detail: str | None
-
-
 async def settle_items(
     db: Executor,
     batch_id: int,
     attempt: int,
-    items: Sequence[SettledItem],
+    items: Sequence[ItemResult],
     bulk_id: str | None,
     status: int | None,
 ) -> bool:

@@ -16,6 +16,8 @@ from datetime import UTC, datetime
 from enum import IntEnum
 from typing import Literal, NamedTuple
 
+from smsd.simulator.switches import Fault
+
 _ALPHABET = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"  # Crockford's base 32
 _PAIRS = [high + low for high in _ALPHABET for low in _ALPHABET]
 _TO_PYTHON_DIGITS = str.maketrans(_ALPHABET, "0123456789abcdefghijklmnopqrstuv")
@@ -105,7 +107,7 @@ class Request:
     arrived_monotonic: float
     account: str | None = None  # of its first message; None until the body is read
     messages: int = 0
-    fault: str | None = None
+    fault: Fault | None = None
     status: int | None = None  # as answered; None while open, and for good if never answered
     finished_monotonic: float | None = None
     accepted: int = 0
@@ -140,7 +142,7 @@ class Duplicate(NamedTuple):
 
     destination: int
     text: str | None
-    count: int
+    times: int
 
 
 class _Names:
@@ -150,11 +152,11 @@ class _Names:
         self.words: list[str] = []
         self._numbers: dict[str, int] = {}
 
-    def number(self, word: str) -> int:
-        found = self._numbers.setdefault(word, len(self.words))
-        if found == len(self.words):
+    def numbers(self, words: list[str]) -> list[int]:
+        for word in set(words) - self._numbers.keys():
+            self._numbers[word] = len(self.words)
             self.words.append(word)
-        return found
+        return [self._numbers[word] for word in words]
 
 
 class Ledger:
@@ -162,9 +164,10 @@ class Ledger:
 
     def __init__(self) -> None:
         self.requests: list[Request] = []
-        self.in_flight = 0
+        self.in_flight = 0  # POSTs that are open now
         self.redirects_followed = 0
         self._accepting: list[Request] = []  # those that accepted something, by row and by id
+        self._first_rows = array("q")  # of each of them
         self._last_id = 0
         self._accounts, self._senders = _Names(), _Names()
         self._account = array("I")
@@ -184,13 +187,13 @@ class Ledger:
         """A request whose first byte came at these times."""
         request = Request(len(self.requests), kind, at, monotonic)
         self.requests.append(request)
-        self.in_flight += 1
+        self.in_flight += kind != "get"
         return request
 
     def close_request(self, request: Request, monotonic: float) -> None:
         """It is about to be answered, or never will be."""
         request.finished_monotonic = monotonic
-        self.in_flight -= 1
+        self.in_flight -= request.kind != "get"
 
     def accept(
         self, request: Request, drafts: list[Draft], at: float, monotonic: float, skew: float = 0.0
@@ -202,9 +205,10 @@ class Ledger:
         request.first_id = self.take_ids(len(drafts), at + skew)
         if drafts:
             self._accepting.append(request)
-        self._account.extend([self._accounts.number(draft.account) for draft in drafts])
+            self._first_rows.append(request.first_row)
+        self._account.extend(self._accounts.numbers([draft.account for draft in drafts]))
         self._destination.extend([draft.destination for draft in drafts])
-        self._sender.extend([self._senders.number(draft.sender) for draft in drafts])
+        self._sender.extend(self._senders.numbers([draft.sender for draft in drafts]))
         self._text.extend([draft.text for draft in drafts])
         for row, draft in enumerate(drafts, request.first_row):
             if draft.reference is not None:
@@ -245,9 +249,11 @@ class Ledger:
     def account_of(self, row: int) -> str:
         return self._accounts.words[self._account[row]]
 
-    def id_of(self, row: int) -> str:
+    def receipt_of(self, row: int) -> tuple[str, float, float]:
+        """What every receipt of a message tells: its id, when it was accepted, when it is final."""
         request = self._request_of(row)
-        return ulid(request.first_id + row - request.first_row)
+        message_id = ulid(request.first_id + row - request.first_row)
+        return message_id, request.accepted_at, self._due_at[row]
 
     def find(self, message_id: str) -> Accepted | None:
         """The message of this id, if it was accepted here."""
@@ -285,8 +291,7 @@ class Ledger:
         return (self.message(row) for row in range(after, end))
 
     def _request_of(self, row: int) -> Request:
-        place = bisect_right(self._accepting, row, key=lambda one: one.first_row)
-        return self._accepting[place - 1]
+        return self._accepting[bisect_right(self._first_rows, row) - 1]
 
     # --- questions --------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ webhook carry what is ready: neither a task nor a timer per message.
 """
 
 import asyncio
+import functools
 import heapq
 import time
 from array import array
@@ -28,6 +29,7 @@ _BUCKET_SECONDS = 0.005
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.05, 1.0
 _AFTERTHOUGHT_SECONDS = 0.05  # from the final receipt to whatever comes after it
 _REPORTS = 8  # row * 8 + report
+_REPORT = tuple(Report)
 
 
 class Style(NamedTuple):
@@ -53,7 +55,9 @@ STYLES = {
         _words("Sent", "Delivered", "Failure"),
     ),
     "v2": Style("id", "status", "timestamp", "error", _words("submitted", "delivered", "failed")),
-    "v3": Style("MessageId", "Status", "Timestamp", "Error", _words("ENROUTE", "DELIVRD", "UNDELIV")),
+    "v3": Style(
+        "MessageId", "Status", "Timestamp", "Error", _words("ENROUTE", "DELIVRD", "UNDELIV")
+    ),
     "v4": Style(
         "messageId",
         "delivery_status",
@@ -81,7 +85,7 @@ class Receipts:
     """The receipts of one simulator, and the webhooks that take them."""
 
     def __init__(self, ledger: Ledger, switches: Switches, changed: Callable[[], None]) -> None:
-        """`changed` is called whenever receipts were taken."""
+        """`changed` is called whenever receipts were taken or refused."""
         self.webhooks: list[Webhook] = []
         self.outstanding = 0  # scheduled, not yet answered 2xx
         self.answered = self.posts = self.failed_posts = 0
@@ -108,20 +112,20 @@ class Receipts:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        session, self._session = self._session, None
         await self._cancel_posts()
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+        if session is not None:
+            await session.close()
 
     async def reset(self, ledger: Ledger) -> None:
         """Forget every receipt, and go on with an empty ledger. Webhooks stay."""
         self._ledger = ledger
-        await self._cancel_posts()
         for webhook in self.webhooks:
             webhook.ready.clear()
         self._buckets.clear()
         self._due.clear()
         self.outstanding = self.answered = self.posts = self.failed_posts = 0
+        await self._cancel_posts()
 
     def register(self, url: str, headers: dict[str, str], accounts: frozenset[str]) -> Webhook:
         """A webhook for these accounts, or for all; in place of the one that they had."""
@@ -141,45 +145,76 @@ class Receipts:
 
         Returns the receipts to be posted before the request is answered, by webhook id.
         """
-        switches, ledger = self._switches, self._ledger
         early: dict[int, list[int]] = {}
+        plain = self._switches.receipts_are_plain()
         for row in range(request.first_row, request.first_row + request.accepted):
-            magic = magic_of(ledger.destination_of(row)) if switches.magic_numbers else None
-            final = _final(switches, magic, random)
-            before_answer = magic == Magic.RECEIPT_BEFORE_ANSWER or _happens(
-                switches.dlr_before_answer, random
-            )
-            delay = 0.0 if before_answer else random.uniform(*switches.dlr_delay_seconds)
-            ledger.decide(row, final, request.accepted_at + delay)
-            webhook = self._webhook_of(row)
-            if not switches.dlr or webhook is None:
-                continue
-            if magic == Magic.NO_RECEIPT or _happens(switches.dlr_never, random):
-                continue
-            for report, at in _plan(switches, magic, final, delay, random):
-                self.outstanding += 1
-                if before_answer:
-                    early.setdefault(webhook.id, []).append(row * _REPORTS + report)
-                else:
-                    self._put(row * _REPORTS + report, request.accepted_monotonic + at)
+            if plain:
+                self._decide_plain(row, request, random)
+            else:
+                self._decide_row(row, request, random, early)
         self._arm()
         return early
 
+    def _decide_plain(self, row: int, request: Request, random: Random) -> None:
+        switches = self._switches
+        delay = random.uniform(*switches.dlr_delay_seconds)
+        self._ledger.decide(row, Report.DELIVERED, request.accepted_at + delay)
+        if switches.dlr and self._webhook_of(row) is not None:
+            self._put(row * _REPORTS + Report.DELIVERED, request.accepted_monotonic + delay)
+
+    def _decide_row(
+        self, row: int, request: Request, random: Random, early: dict[int, list[int]]
+    ) -> None:
+        switches, destination = self._switches, self._ledger.destination_of(row)
+        magic = magic_of(destination) if switches.magic_numbers else None
+        failed = magic == Magic.DELIVERY_FAILED or _happens(switches.dlr_failed, random)
+        final = Report.FAILED if failed else Report.DELIVERED
+        at_once = magic == Magic.RECEIPT_BEFORE_ANSWER or _happens(
+            switches.dlr_before_answer, random
+        )
+        delay = 0.0 if at_once else random.uniform(*switches.dlr_delay_seconds)
+        self._ledger.decide(row, final, request.accepted_at + delay)
+        webhook = self._webhook_of(row)
+        if not switches.dlr or webhook is None or magic == Magic.NO_RECEIPT:
+            return
+        if _happens(switches.dlr_never, random):
+            return
+        for report, after in _plan(switches, magic, final, delay, random):
+            code = row * _REPORTS + report
+            if at_once:
+                self.outstanding += 1
+                early.setdefault(webhook.id, []).append(code)
+            else:
+                self._put(code, request.accepted_monotonic + after)
+
     async def post_early(self, early: dict[int, list[int]]) -> None:
-        """Post these now, each at least once; what is not taken is retried like any other."""
+        """Post these now, each once; what is not taken is retried like any other receipt."""
         ledger, size = self._ledger, self._switches.dlr_batch
-        for number, codes in early.items():
-            webhook = self.webhooks[number - 1]
-            for start in range(0, len(codes), size):
-                chunk = codes[start : start + size]
-                taken = await self._post(webhook, self._render(chunk))
-                if self._ledger is not ledger:
-                    return  # reset meanwhile: these rows are of another ledger
-                if taken:
-                    self._taken(chunk)
-                else:
-                    webhook.ready.extend(chunk)
-                    self._fill(webhook)
+        waiting = [
+            (self.webhooks[number - 1], codes[start : start + size])
+            for number, codes in early.items()
+            for start in range(0, len(codes), size)
+        ]
+        refused: list[tuple[Webhook, list[int]]] = []
+        try:
+            while waiting and self._ledger is ledger:
+                webhook, codes = waiting[0]
+                taken = await self._post(webhook, self._render(codes))
+                waiting.pop(0)
+                if not taken:
+                    refused.append((webhook, codes))
+                elif self._ledger is ledger:
+                    self._taken(codes)
+        finally:
+            # also when the client left meanwhile, which cancels us
+            self._put_back([*refused, *waiting], ledger)
+
+    def _put_back(self, posts: list[tuple[Webhook, list[int]]], ledger: Ledger) -> None:
+        if self._ledger is not ledger:
+            return  # reset meanwhile: these rows are of another ledger
+        for webhook, codes in posts:
+            webhook.ready.extendleft(reversed(codes))
+            self._fill(webhook)
 
     # --- when due ---------------------------------------------------------------------------
 
@@ -190,6 +225,7 @@ class Receipts:
             codes = self._buckets[bucket] = array("q")
             heapq.heappush(self._due, bucket)
         codes.append(code)
+        self.outstanding += 1
 
     def _arm(self) -> None:
         if not self._due or self._session is None:
@@ -219,20 +255,24 @@ class Receipts:
             webhook.posting += 1
             task = asyncio.create_task(self._drain(webhook))
             self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            task.add_done_callback(functools.partial(self._drained, webhook))
+
+    def _drained(self, webhook: Webhook, task: asyncio.Task[None]) -> None:
+        webhook.posting -= 1
+        self._tasks.discard(task)
+        self._fill(webhook)  # what became ready since its last look
 
     async def _drain(self, webhook: Webhook) -> None:
-        codes: list[int] = []
-        try:
-            while webhook.ready:
-                size = min(self._switches.dlr_batch, len(webhook.ready))
-                codes = [webhook.ready.popleft() for _ in range(size)]
+        ledger = self._ledger
+        while webhook.ready:
+            size = min(self._switches.dlr_batch, len(webhook.ready))
+            codes = [webhook.ready.popleft() for _ in range(size)]
+            try:
                 await self._deliver(webhook, codes)
-                self._taken(codes)
-                codes = []
-        finally:
-            webhook.posting -= 1
-            webhook.ready.extendleft(reversed(codes))
+            except asyncio.CancelledError:
+                self._put_back([(webhook, codes)], ledger)
+                raise
+            self._taken(codes)
 
     async def _deliver(self, webhook: Webhook, codes: list[int]) -> None:
         body = self._render(codes)
@@ -256,29 +296,29 @@ class Receipts:
         except (aiohttp.ClientError, OSError, TimeoutError):
             pass  # as good as a refusal: it will be posted again
         self.failed_posts += 1
+        self._changed()
         return False
 
     def _taken(self, codes: list[int]) -> None:
         self.outstanding -= len(codes)
         self.answered += len(codes)
         for code in codes:
-            self._ledger.receipt_answered(code // _REPORTS, Report(code % _REPORTS))
+            self._ledger.receipt_answered(code // _REPORTS, _REPORT[code % _REPORTS])
         self._changed()
 
     def _render(self, codes: list[int]) -> bytes:
-        receipts = [self._receipt(code // _REPORTS, Report(code % _REPORTS)) for code in codes]
+        receipts = [self._receipt(code // _REPORTS, _REPORT[code % _REPORTS]) for code in codes]
         single = self._switches.dlr_batch == 1 and len(receipts) == 1
         return orjson.dumps(receipts[0] if single else receipts)
 
     def _receipt(self, row: int, report: Report) -> dict[str, Any]:
         chosen = self._switches.dlr_style
         style = _MIXED[row % len(_MIXED)] if chosen == "mixed" else STYLES[chosen]
-        message = self._ledger.message(row)
-        at = message.due_at
+        message_id, accepted_at, at = self._ledger.receipt_of(row)
         if report == Report.SENT:
-            at = (message.accepted_at + at) / 2
+            at = (accepted_at + at) / 2
         receipt = {
-            style.id_key: message.message_id,
+            style.id_key: message_id,
             style.state_key: style.words.get(report, report.word),
             style.time_key: iso(at + self._switches.clock_skew_seconds),
         }
@@ -303,12 +343,6 @@ class Receipts:
 
 def _happens(fraction: float, random: Random) -> bool:
     return fraction > 0 and random.random() < fraction
-
-
-def _final(switches: Switches, magic: Magic | None, random: Random) -> Report:
-    if magic == Magic.DELIVERY_FAILED or _happens(switches.dlr_failed, random):
-        return Report.FAILED
-    return Report.DELIVERED
 
 
 def _plan(

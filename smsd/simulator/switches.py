@@ -5,11 +5,12 @@ seeded by `seed`. The faults of a request exclude each other (one draw), so thei
 to 1 at most, and so do the three fractions of an item.
 """
 
+from collections.abc import Iterable
 from enum import IntEnum, StrEnum
 from random import Random
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Seconds = Annotated[float, Field(ge=0)]
@@ -53,6 +54,24 @@ class Fault(StrEnum):
     SLOW_DRIP = "slow_drip"
 
 
+_IN_ORDER = tuple(Fault)
+AFTER_ACCEPTANCE = frozenset(_IN_ORDER[_IN_ORDER.index(Fault.ACCEPT_THEN_HANG) :])
+
+
+class ItemFault(StrEnum):
+    """What may befall one item of an accepted request. Each value is the name of its switch."""
+
+    REFUSE_ITEMS = "refuse_items"
+    ID_AND_ERROR = "id_and_error"
+    ITEMS_WITHOUT_ID = "items_without_id"
+
+
+_Kind = TypeVar("_Kind", Fault, ItemFault)
+# beside their names as plain strings: drawing is on every request's path
+_FAULTS = tuple((fault.value, fault) for fault in Fault)
+_ITEM_FAULTS = tuple((fault.value, fault) for fault in ItemFault)
+
+
 class Magic(IntEnum):
     """What a destination brings about by its last four digits, while `magic_numbers` is on."""
 
@@ -84,7 +103,7 @@ class Switches(BaseModel):
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
 
-    seed: int = 0
+    seed: int = 0  # taken up at start, at a reset, or when all switches are set at once
     only_accounts: tuple[str, ...] = ()  # faults and latency strike these accounts only; () = all
     faults_left: Annotated[int, Field(ge=0)] | None = None  # counts down; at 0 no fault strikes
     latency_seconds: Seconds = 0.0  # between acceptance and answer
@@ -138,7 +157,7 @@ class Switches(BaseModel):
     keep_reference: bool = False
     clock_skew_seconds: float = 0.0  # of createdAt, updatedAt, ids and the Date header
     max_requests_per_second: Limit | None = None  # per account, above it 429
-    limits_by_account: dict[str, Limit] = {}  # noqa: RUF012 - pydantic copies defaults
+    limits_by_account: dict[str, Limit] = {}
 
     # receipts
     dlr: bool = True
@@ -157,7 +176,7 @@ class Switches(BaseModel):
     @model_validator(mode="after")
     def _fractions_fit(self) -> Self:
         faults = sum(getattr(self, fault) for fault in Fault)
-        items = self.refuse_items + self.id_and_error + self.items_without_id
+        items = sum(getattr(self, fault) for fault in ItemFault)
         for what, total in (("faults of a request", faults), ("faults of an item", items)):
             if total > 1 + 1e-9:
                 raise ValueError(f"the fractions of the {what} add up to {total:g}; at most 1")
@@ -166,25 +185,62 @@ class Switches(BaseModel):
             raise ValueError(f"dlr_delay_seconds is (least, most); got ({low:g}, {high:g})")
         return self
 
+    if not TYPE_CHECKING:  # or mypy would take any name for a switch
+
+        def __setattr__(self, name: str, value: object) -> None:
+            before = dict(self.__dict__)
+            try:
+                super().__setattr__(name, value)
+            except ValidationError:
+                self.__dict__.update(before)  # pydantic keeps what the last validator refused
+                raise
+
     def adopt(self, other: "Switches") -> None:
         """Take every value of another, in place: whoever holds these switches sees them."""
         self.__dict__.update(other.__dict__)
 
     def draw_fault(self, random: Random) -> Fault | None:
         """The fault that strikes the next request, if any."""
-        if self.faults_left == 0:
-            return None
+        return None if self.faults_left == 0 else self._draw(_FAULTS, random)
+
+    def draw_item_fault(
+        self, destination: int, account: str | None, random: Random
+    ) -> ItemFault | None:
+        """The fault that strikes this item of a request of this account, if any."""
+        if self.magic_numbers and magic_of(destination) == Magic.ITEM_REFUSED:
+            return ItemFault.REFUSE_ITEMS
+        return self._draw(_ITEM_FAULTS, random) if self.strike(account) else None
+
+    def _draw(self, kinds: Iterable[tuple[str, _Kind]], random: Random) -> _Kind | None:
         drawn = random.random()
-        for fault in Fault:
-            drawn -= getattr(self, fault)
+        fractions = self.__dict__
+        for name, kind in kinds:
+            drawn -= fractions[name]
             if drawn < 0:
-                return fault
+                return kind
         return None
+
+    def items_are_safe(self) -> bool:
+        """Whether no fault can strike an item, so that none need be drawn."""
+        return not self.magic_numbers and not any(getattr(self, fault) for fault in ItemFault)
+
+    def receipts_are_plain(self) -> bool:
+        """Whether every message gets one receipt, Delivered, so that nothing else need be drawn."""
+        drawn = (
+            self.dlr_failed,
+            self.dlr_never,
+            self.dlr_doubled,
+            self.dlr_out_of_order,
+            self.dlr_contradicting,
+            self.dlr_unknown_word,
+            self.dlr_before_answer,
+        )
+        return not (self.magic_numbers or self.dlr_intermediate or any(drawn))
 
     def strike(self, account: str | None) -> bool:
         """Whether faults and latency are meant for this account."""
         return not self.only_accounts or account in self.only_accounts
 
-    def limit_of(self, account: str) -> int | None:
+    def limit_of(self, account: str | None) -> int | None:
         """Most requests in any one second that this account may make."""
-        return self.limits_by_account.get(account, self.max_requests_per_second)
+        return self.limits_by_account.get(account or "", self.max_requests_per_second)

@@ -132,7 +132,8 @@ create table contact_list_member (
 );
 create index contact_list_member_by_contact on contact_list_member (contact_id);
 
--- An upload waits in pieces until a replica has read it; the cursor is a byte offset at the start of a record.
+-- An upload waits in pieces until replicas have read it, a block at a time of the job least recently moved. The cursor
+-- is a byte offset at the start of a record, line is that record's; header: charset, delimiter and names, once read.
 create table import_job (
   id           bigint generated always as identity primary key,
   tenant_id    bigint not null,
@@ -141,8 +142,8 @@ create table import_job (
                check (status in ('uploading', 'queued', 'running', 'completed', 'failed')),
   size         bigint not null default 0,
   cursor       bigint not null default 0,
-  line         bigint not null default 0,
-  header       jsonb,
+  line         bigint not null default 1,
+  header       jsonb not null default '{}',
   processed    bigint not null default 0,
   total        bigint not null default 0,
   created      bigint not null default 0,
@@ -151,6 +152,7 @@ create table import_job (
   errors       jsonb not null default '[]',
   owner        bigint,
   created_at   timestamptz not null default clock_timestamp(),
+  moved_at     timestamptz not null default clock_timestamp(),
   finished_at  timestamptz
 ) with (fillfactor = 50);
 create index import_job_open on import_job (id) where status in ('uploading', 'queued', 'running');
@@ -264,6 +266,7 @@ create table batch (
   not_before   timestamptz,
   sender       text not null,
   bulk_id      text,
+  reference    text,
   pair         bigint,
   created_at   timestamptz not null default clock_timestamp(),
   done_at      timestamptz,
@@ -397,7 +400,8 @@ create unlogged table share (
 -- The state that is shown: a message's own if it has one, else its batch's.
 create view message_shown as
 select m.campaign_id, m.id, m.phone, m.text, m.segments, m.reason, m.detail, m.provider_id,
-       m.created_at, m.settled_at, m.finished_at, b.id as batch_id, b.tenant_id, b.bulk_id,
+       m.created_at, m.settled_at, m.finished_at, b.id as batch_id, b.tenant_id, b.bulk_id, b.reference,
+       b.done_at as batch_done_at,
        case
          when m.state is null then
            case when b.state in (0, 1) then 'queued' when b.state in (2, 3) then 'processing'

@@ -202,7 +202,8 @@ end $$;
 -- account is the one lock that serialises its claims. Returns a row a batch; or one row without a batch that says
 -- what it waits for and when (microseconds) to come back (null: at the next wake).
 -- Start-time fair queueing (Goyal, Vin, Cheng 1996) on the tenant and, within it, on the lane.
-create function claim(p_account bigint, p_replica bigint, p_want int, p_lead bigint, p_horizon bigint, p_global int)
+create function claim(p_account bigint, p_replica bigint, p_want int, p_lead bigint, p_horizon bigint, p_global int,
+                      p_priority_only boolean)
 returns table (batch_id bigint, epoch int, campaign_id bigint, tenant_id bigint, n int, slot bigint, now_us bigint,
                waits_for text)
 language plpgsql set plan_cache_mode = force_generic_plan as $$
@@ -232,7 +233,7 @@ begin
         join tenant te on te.id = ln.tenant_id
         left join share sh on sh.account_id = ln.account_id and sh.tenant_id = ln.tenant_id
        where ln.account_id = p_account and not ln.idle and not ln.paused and not ln.closed
-         and ln.not_before <= now_ + p_horizon
+         and ln.not_before <= now_ + p_horizon and (ln.class = 0 or not p_priority_only)
        order by (ln.class = 0 and coalesce(sh.v, 0) <= a.v + 1.0 / te.weight) desc,
                 greatest(coalesce(sh.v, 0), a.v), coalesce(sh.v, 0), greatest(ln.v, coalesce(sh.lane_v, 0)), ln.id
     loop
@@ -312,7 +313,8 @@ begin
   end if;
   if back is null then
     select min(not_before) - p_horizon / 2, 'retry' into back, why from lane
-     where account_id = p_account and not idle and not paused and not closed and not_before > 0;
+     where account_id = p_account and not idle and not paused and not closed and not_before > 0
+       and (class = 0 or not p_priority_only);
   end if;
   return query select null::bigint, 0, 0::bigint, 0::bigint, 0,
                       case when back is not null then greatest(back, now_ + 1000) end, now_, coalesce(why, 'work');
@@ -350,7 +352,7 @@ begin
   end if;
   select l.paused or x.paused_reason is not null into halted from traffic_account x where x.id = b.account_id;
   if halted then
-    perform withdraw(b.id, b.attempt, b.epoch, 'paused');
+    perform withdraw(b.id, b.epoch, 'paused');
     verdict := 'paused'; return next; return;
   end if;
   if b.campaign_id <> 0 then
@@ -381,24 +383,20 @@ begin
              order by id) m;
 end $$;
 
--- Given up before the first byte: back to its place with its grant returned and no try counted. Guarded by the
--- epoch while only leased, by the attempt once the intent is written. An unknown attempt that turns out never to
--- have left is taken back likewise.
-create function withdraw(p_batch bigint, p_attempt int, p_epoch int, p_why text) returns boolean
-language plpgsql as $$
+-- Given up before the first byte: back to its place with its grant returned and no try counted. The epoch names the
+-- lease, and a lease has at most one intent, so an intent whose commit was not acknowledged is taken back likewise,
+-- even if it was reaped as unknown meanwhile.
+create function withdraw(p_batch bigint, p_epoch int, p_why text) returns boolean language plpgsql as $$
 declare b batch;
 begin
-  select * into b from batch
-   where id = p_batch and epoch = p_epoch
-     and ((state = 2 and attempt = p_attempt) or (state in (3, 11) and attempt = p_attempt))
-     for no key update;
+  select * into b from batch where id = p_batch and epoch = p_epoch and state in (2, 3, 11) for no key update;
   if not found then return false; end if;
   update batch set state = case when tries > 0 then 1 else 0 end, owner = null, slot = null,
                    not_before = case when tries > 0 then clock_timestamp() end
    where id = b.id;
   if b.state <> 2 then
     update attempt set outcome = 'withdrawn', detail = p_why, ended_at = clock_timestamp()
-     where batch_id = b.id and n = p_attempt and (outcome is null or outcome = 'unknown');
+     where batch_id = b.id and n = b.attempt and (outcome is null or outcome = 'unknown');
   end if;
   perform give_back(b.account_id, b.tenant_id, b.slot, b.n);
   if (select closed from lane where id = b.lane_id) then
@@ -488,7 +486,7 @@ end $$;
 
 -- The whole batch had one outcome. Returns what became of it: ready | waiting | failed | unknown | split |
 -- lane_paused | cancelled | duplicate.
---   again    to be tried once more after p_delay_seconds, counted; the p_most-th time all is refused
+--   again    to be tried once more after p_delay_seconds, doubled with each try; the p_most-th time all is refused
 --   back     not counted, keeps its place (throttled, never left, a broken account or lane, too large)
 --   refused  for good: one message is refused, more are split in two to find the bad one
 --   unknown  may have been accepted: stays, with its holds, until there is evidence
@@ -539,7 +537,7 @@ begin
     perform split_batch(b.id, l.id);
   elsif p_action = 'again' then
     update batch set state = 1, owner = null, slot = null, tries = tries + 1,
-                     not_before = clock_timestamp() + delay where id = b.id;
+                     not_before = clock_timestamp() + delay * power(2, b.tries) where id = b.id;
   else
     update batch set state = case when p_delay_seconds > 0 or tries > 0 then 1 else 0 end, owner = null, slot = null,
                      not_before = clock_timestamp() + delay where id = b.id;
@@ -572,6 +570,41 @@ begin
   update expansion set state = 'paused' where campaign_id = p_campaign and state = 'running';
   update lane set paused = true where campaign_id = p_campaign;
   return true;
+end $$;
+
+-- A paused campaign goes on; p_reason null: whatever it was paused for. False: it was not paused for that.
+create function resume_campaign(p_campaign bigint, p_reason text) returns boolean language plpgsql as $$
+declare l record;
+begin
+  update campaign set status = 'sending', paused_reason = null, paused_detail = null, updated_at = clock_timestamp()
+   where id = p_campaign and status = 'paused' and (p_reason is null or paused_reason = p_reason);
+  if not found then return false; end if;
+  update expansion set state = 'running' where campaign_id = p_campaign and state = 'paused';
+  perform pg_notify('smsd_expansion', p_campaign::text);
+  for l in update lane set paused = false where campaign_id = p_campaign returning id, account_id loop
+    perform wake_lane(l.id, 0);
+    perform pg_notify('smsd_lane', l.account_id::text);   -- a lane may be awake and paused: then its wake is silent
+  end loop;
+  return true;
+end $$;
+
+-- The hold taken at enqueue is an estimate. A chunk of p_read recipients moves its share of it to the exact figure;
+-- the last chunk brings back what is left. False when the exact figure needs more credits than there are.
+create function settle_hold(p_campaign bigint, p_read bigint, p_exact bigint, p_last boolean) returns boolean
+language plpgsql as $$
+declare e expansion; share_ bigint;
+begin
+  select * into e from expansion where campaign_id = p_campaign;
+  share_ := e.held;
+  if not p_last then
+    -- `read` has moved past this chunk already: what was left before it is what is left now and the chunk
+    share_ := least(e.held, ceil(e.held::numeric * p_read / greatest(e.of - e.read + p_read, p_read, 1)));
+  end if;
+  update expansion set held = held - share_ where campaign_id = p_campaign;
+  if p_exact > share_ then
+    return move_credits(e.tenant_id, 'hold', p_exact - share_, p_campaign, null, 'expansion');
+  end if;
+  return move_credits(e.tenant_id, 'release', share_ - p_exact, p_campaign, null, 'expansion');
 end $$;
 
 -- ------------------------------------------------------------------------------------------- receipts
@@ -680,5 +713,95 @@ begin
       perform wake_lane(b.lane_id, b.first_id);
       released := released + 1;
     end if;
+  end loop;
+end $$;
+
+-- ------------------------------------------------------------------------------------------- campaigns
+-- Locks are taken in one order everywhere: campaign, expansion, batches by id, counters, credit, lane.
+
+-- Nothing more of it will leave: what is leased is dropped by its intent, what is being posted is recorded as it
+-- ends. One release for all that was held. Returns false when it had ended already, or had never begun.
+create function cancel_campaign(p_campaign bigint) returns boolean language plpgsql as $$
+declare tenant bigint; worth bigint; rest bigint; seen bigint := 0; now_seen bigint;
+begin
+  update campaign set status = 'cancelled', finished_at = clock_timestamp(), updated_at = clock_timestamp(),
+                      paused_reason = null, paused_detail = null
+   where id = p_campaign and status in ('scheduled', 'sending', 'paused') returning tenant_id into tenant;
+  if not found then return false; end if;
+  select held into rest from expansion where campaign_id = p_campaign for no key update;
+  update expansion set state = 'stopped', held = 0, updated_at = clock_timestamp()
+   where campaign_id = p_campaign and state in ('running', 'paused');
+  if not found then rest := 0; end if;
+  -- Until two looks see the same: whoever gives a batch back, or cuts one, holds an open batch meanwhile.
+  loop
+    select count(*) into now_seen
+      from (select from batch where campaign_id = p_campaign and state < 10 order by id for no key update) open;
+    exit when now_seen = seen;
+    seen := now_seen;
+  end loop;
+  with stopped as (
+    update batch set state = 12, owner = null, done_at = clock_timestamp()
+     where campaign_id = p_campaign and state in (0, 1) returning segments)
+  select coalesce(sum(segments), 0) into worth from stopped;
+  perform move_credits(tenant, 'release', worth + coalesce(rest, 0), p_campaign, null, 'cancelled');
+  update lane set closed = true where campaign_id = p_campaign;
+  return true;
+end $$;
+
+-- What was certainly refused waits again in the batches it was in, paid anew. held is false when the credits do not
+-- reach: the caller then rolls back. A campaign that had ended goes on; one that is paused stays so.
+create function retry_failed(p_campaign bigint, out retried bigint, out required bigint, out held boolean)
+language plpgsql as $$
+declare tenant bigint;
+begin
+  retried := 0; required := 0; held := true;
+  select tenant_id into tenant from campaign
+   where id = p_campaign and status in ('sending', 'paused', 'completed', 'failed') for no key update;
+  if not found then return; end if;
+  with failed as (
+    update message m set state = null, reason = null, detail = null, settled_at = null, finished_at = null
+     where m.campaign_id = p_campaign and m.state = 40 and m.reason in ('refused_by_provider', 'server_error')
+       and (select b.state from batch b where b.first_id <= m.id order by b.first_id desc limit 1) = 10
+    returning m.id, m.segments),
+  per_batch as (
+    select b.id, count(*) as n, sum(failed.segments) as worth
+      from failed
+      cross join lateral (select id from batch where first_id <= failed.id order by first_id desc limit 1) b
+     group by b.id),
+  opened as (
+    update batch b set state = 0, n = per_batch.n, segments = per_batch.worth, tries = 0, owner = null, slot = null,
+                       not_before = null, pair = null, done_at = null
+      from per_batch where b.id = per_batch.id and b.state = 10
+    returning b.n, b.segments)
+  select coalesce(sum(n), 0), coalesce(sum(segments), 0) into retried, required from opened;
+  if retried = 0 then return; end if;
+  perform count_messages(p_campaign, 0, 0, 0, -retried, 0, 0, 0);
+  held := move_credits(tenant, 'hold', required, p_campaign, null, 'retry');
+  update campaign set status = 'sending', finished_at = null, updated_at = clock_timestamp()
+   where id = p_campaign and status in ('completed', 'failed');
+  update lane set closed = false where campaign_id = p_campaign;
+  perform wake_lane(id, 0) from lane where campaign_id = p_campaign;
+end $$;
+
+-- Ends each campaign whose audience is read and whose batches all have an outcome. Failed only if then nothing was
+-- accepted, nothing is unknown, and something was refused.
+create function finish_campaigns() returns setof bigint language plpgsql as $$
+declare candidate record; accepted bigint; unknown_ bigint; refused_ bigint;
+begin
+  for candidate in
+    select c.id, e.lane_id from campaign c join expansion e on e.campaign_id = c.id
+     where c.status = 'sending' and e.state in ('done', 'stopped')
+       and not exists (select from batch b where b.lane_id = e.lane_id and b.state < 10)
+       for no key update of c skip locked
+  loop
+    -- Once more, now that it is locked: a retry may have come in between.
+    continue when exists (select from batch b where b.lane_id = candidate.lane_id and b.state < 10);
+    select pending + delivered + delivery_failed, unknown, refused into accepted, unknown_, refused_
+      from campaign_totals where campaign_id = candidate.id;
+    update campaign
+       set status = case when accepted + unknown_ = 0 and refused_ > 0 then 'failed' else 'completed' end,
+           finished_at = clock_timestamp(), updated_at = clock_timestamp()
+     where id = candidate.id and status = 'sending';
+    if found then return next candidate.id; end if;
   end loop;
 end $$;

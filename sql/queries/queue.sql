@@ -31,7 +31,7 @@ select released, unknown from reap();
 -- name: claim
 -- The fair lane's batches with their slots, leased to us; or what to wait for.
 select batch_id, epoch, campaign_id, tenant_id, n, slot, now_us, waits_for
-  from claim($1, $2, $3, $4, $5, $6);
+  from claim($1, $2, $3, $4, $5, $6, $7);
 
 -- name: intent
 -- Durable word that the batch is about to be posted, after one more look at whether it may be; and what to post.
@@ -39,7 +39,7 @@ select verdict, attempt, sender, ids, phones, texts from intent($1, $2, $3);
 
 -- name: withdraw
 -- Back to its place with the grant returned, as long as nothing left.
-select withdraw($1, $2, $3, $4);
+select withdraw($1, $2, $3);
 
 -- name: arrived_late
 -- What may have arrived after its slot stays in the limiter's window until now.
@@ -109,16 +109,13 @@ select wake_lane(id, 0) from stranded;
 
 -- name: add_message
 -- One message of the priority class, with its hold, in a batch of its own. No row: not enough credits.
-with lane_ as (
-  insert into lane (account_id, tenant_id, class, campaign_id) values ($2, $1, 0, 0)
-  on conflict (account_id, tenant_id, class, campaign_id) do update set class = 0 returning id),
-ids as (select take_message_ids(1) as id),
-held as (select move_credits($1, 'hold', $6::int, 0, null, 'message') as ok),
+with held as (select move_credits($1, 'hold', $6::int, 0, null, 'message') as ok),
 message_ as (
   insert into message (campaign_id, id, phone, text, segments)
-  select 0, ids.id, $3::bigint, $4::text, $6::int from ids, held where held.ok returning id)
+  select 0, take_message_ids(1), $3::bigint, $4::text, $6::int from held where held.ok returning id)
 insert into batch (campaign_id, lane_id, tenant_id, account_id, first_id, last_id, n, segments, sender)
-select 0, lane_.id, $1, $2, message_.id, message_.id, 1, $6::int, $5 from message_, lane_
+select 0, lane.id, $1, $2, message_.id, message_.id, 1, $6::int, $5
+  from message_ join lane on lane.account_id = $2 and lane.tenant_id = $1 and lane.class = 0
 returning first_id as id, lane_id;
 
 -- name: wake_lane

@@ -1,0 +1,5 @@
+"""`python -m smsd`."""
+
+from smsd.cli import main
+
+main()

@@ -1,0 +1,486 @@
+"""What an endpoint is, and the one wrapper around every handler.
+
+The wrapper finds out who asks, parses and checks path, query and body, opens the transaction, honours
+`Idempotency-Key`, and turns whatever comes out of the handler into an answer: a model into JSON, `ApiError` into its
+status, an absent database into 503, a surprise into a logged 503. Handlers only see what is already checked.
+"""
+
+import hashlib
+import math
+import re
+import time
+import traceback
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from hmac import compare_digest
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, Self, TypeVar
+
+import aiohttp
+import asyncpg
+import orjson
+import structlog
+from aiohttp import web
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.alias_generators import to_camel
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from smsd import database, tenants
+from smsd.api.errors import ApiError, from_validation, invalid, not_found
+from smsd.api.models import LARGEST_ID
+from smsd.config import Settings
+from smsd.database import Connection, Executor, Pool
+
+if TYPE_CHECKING:
+    from smsd.mitto import Client
+    from smsd.receipts import Inbox
+
+log = structlog.get_logger()
+
+BODY_LIMIT = 1 << 20
+_REQUEST_ID_CHARACTERS = re.compile(r"[^A-Za-z0-9._:/+=@-]")
+_IDEMPOTENCY_KEY = re.compile(r"[!-~]{1,255}")
+_PATH_PARAMETER = re.compile(r"\{(\w+)\}")
+_REQUEST_ID = web.RequestKey("request_id", str)
+_TENANT = web.RequestKey("tenant", int)
+_QUIET = ("/healthz", "/readyz", "/metrics")
+
+# What Postgres says when somebody else holds a lock for too long, or two stood in each other's way.
+_BUSY = (asyncpg.LockNotAvailableError, asyncpg.TransactionRollbackError)
+
+
+# ------------------------------------------------------------------------------------------ models
+
+
+class Model(BaseModel):
+    """Base of all bodies, queries and answers: camelCase outside, nothing unknown, nothing converted by guess, and
+    nothing that Postgres cannot store (NUL, half a character, an integer beyond 64 bits, infinity)."""
+
+    model_config = ConfigDict(
+        strict=True,
+        extra="forbid",
+        alias_generator=to_camel,
+        populate_by_name=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
+
+    @model_validator(mode="after")
+    def _storable(self) -> Self:
+        aliases = {name: info.alias or name for name, info in type(self).model_fields.items()}
+        problems = [
+            InitErrorDetails(type=PydanticCustomError("unstorable", takes), loc=loc, input=value)
+            for name, content in self.__dict__.items()
+            for loc, value, takes in _unstorable(content, (aliases.get(name, name),))
+        ]
+        if problems:
+            raise ValidationError.from_exception_data(type(self).__name__, problems)
+        return self
+
+
+def _unstorable(
+    value: object, loc: tuple[int | str, ...]
+) -> Iterator[tuple[tuple[int | str, ...], object, str]]:
+    if isinstance(value, str):
+        if "\0" in value:
+            yield loc, value, "takes text without the character NUL"
+        elif not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
+            yield loc, value, "takes text without half characters (lone surrogates)"
+    elif isinstance(value, int):
+        if not -LARGEST_ID <= value <= LARGEST_ID:
+            yield loc, value, "takes an integer of at most 64 bits"
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            yield loc, str(value), "takes a finite number"
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _unstorable(key, (*loc, str(key)))
+            yield from _unstorable(inner, (*loc, str(key)))
+    elif isinstance(value, list | tuple):
+        for index, inner in enumerate(value):
+            yield from _unstorable(inner, (*loc, index))
+
+
+class Page(Model):
+    """The query of a list. Subclass it to add filters."""
+
+    page: int = Field(1, ge=1, le=10**9, description="counted from 1")
+    page_size: int = Field(20, ge=1, le=100, description="items on a page")
+
+    @property
+    def offset(self) -> int:
+        """Items before this page."""
+        return (self.page - 1) * self.page_size
+
+
+Item = TypeVar("Item", bound=Model)
+
+
+class Listing(Model, Generic[Item]):
+    """The answer of a list; `total` counts all pages."""
+
+    items: list[Item]
+    total: int
+    page: int
+    page_size: int
+
+
+# --------------------------------------------------------------------------------------- endpoints
+
+
+class Replica(Protocol):
+    """This process' registration; `id` is None while it has none."""
+
+    @property
+    def id(self) -> int | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What every handler may use; built once, by the daemon."""
+
+    pool: Pool
+    settings: Settings
+    keys: list[bytes]
+    """Signing keys, the one that signs first."""
+    nudge: Callable[[str], None]
+    """Wakes a loop of this process: expander | importer | housekeeping."""
+    receipts: "Inbox"
+    mitto: "Client"
+    replica: Replica
+
+
+@dataclass(slots=True)
+class Request:
+    """One request, checked. `db` is a connection inside the transaction if the endpoint has one, else the pool."""
+
+    ctx: Context
+    db: Executor
+    raw: web.Request
+    tenant: tenants.Tenant | None = None
+    path: dict[str, int | str] = field(default_factory=dict)
+    body: Any = None
+    query: Any = None
+    after_commit: list[Callable[[], None]] = field(default_factory=list)
+    _digest: Any = field(default_factory=hashlib.sha256)
+
+    @property
+    def me(self) -> tenants.Tenant:
+        """The tenant whose key was shown."""
+        assert self.tenant is not None
+        return self.tenant
+
+    @property
+    def connection(self) -> Connection:
+        """`db` where the endpoint has a transaction."""
+        assert not isinstance(self.db, asyncpg.Pool)
+        return self.db
+
+    @property
+    def id(self) -> int:
+        """The path's {id}."""
+        return self.number("id")
+
+    def number(self, name: str) -> int:
+        """An integer of the path, by its name."""
+        value = self.path[name]
+        assert isinstance(value, int)
+        return value
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """The body in pieces as they arrive, without a limit; seen by the idempotency check. For raw_body."""
+        async for chunk in self.raw.content.iter_any():
+            self._digest.update(chunk)
+            yield chunk
+
+
+Answer = Model | Mapping[str, Any] | web.StreamResponse | None
+Handler = Callable[[Request], Awaitable[Answer]]
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """One row of the route table.
+
+    Path parameters named `id` or `…Id` (other than trackingId) are integers; what is none is 404. `errors` are the
+    refusals beyond those that every endpoint has: (status, code). With `raw_body` the handler reads the body.
+    """
+
+    method: str
+    path: str
+    handler: Handler
+    auth: Literal["tenant", "admin", "public"]
+    summary: str
+    answer: type[Model] | None
+    status: int = 200
+    body: type[Model] | None = None
+    query: type[Model] | None = None
+    transaction: bool = False
+    idempotent: bool = False
+    errors: tuple[tuple[int, str], ...] = ()
+    raw_body: bool = False
+    body_limit: int = BODY_LIMIT
+
+    @property
+    def numbers(self) -> frozenset[str]:
+        """The path parameters that are integers."""
+        return frozenset(name for name in self.parameters if _is_number(name))
+
+    @property
+    def parameters(self) -> list[str]:
+        """The path parameters in order."""
+        return _PATH_PARAMETER.findall(self.path)
+
+    @property
+    def pattern(self) -> str:
+        """The path as the router takes it: integers match digits alone, so that a literal sibling wins."""
+        return _PATH_PARAMETER.sub(
+            lambda found: f"{{{found[1]}:[0-9]+}}" if _is_number(found[1]) else found[0], self.path
+        )
+
+
+def _is_number(name: str) -> bool:
+    return name == "id" or (name.endswith("Id") and name != "trackingId")
+
+
+# ----------------------------------------------------------------------------------------- wrapper
+
+
+def serve(
+    ctx: Context, endpoint: Endpoint
+) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+    """The aiohttp handler of an endpoint."""
+
+    async def handle(raw: web.Request) -> web.StreamResponse:
+        request = Request(ctx, ctx.pool, raw)
+        await _authenticate(request, endpoint)
+        request.path = _path(raw, endpoint)
+        if endpoint.query is not None:
+            request.query = _query(raw, endpoint.query)
+        if not endpoint.raw_body:
+            body = await read_body(raw, endpoint.body_limit)
+            request._digest.update(body)
+            request.body = _parse(body, endpoint.body) if endpoint.body else None
+        key = _idempotency_key(raw) if endpoint.idempotent else None
+        if endpoint.transaction or endpoint.idempotent:
+            async with ctx.pool.acquire() as connection, connection.transaction():
+                request.db = connection
+                response = await _once(request, endpoint, connection, key)
+        else:
+            response = _respond(endpoint, await endpoint.handler(request))
+        for action in request.after_commit:
+            action()
+        return response
+
+    return handle
+
+
+async def _once(
+    request: Request, endpoint: Endpoint, db: Connection, key: str | None
+) -> web.StreamResponse:
+    """Runs the handler, unless what it took effect with is already stored under the key."""
+    if key is None:
+        return _respond(endpoint, await endpoint.handler(request))
+    owner = request.tenant.id if request.tenant else 0
+    slot = tenants.IdempotencySlot(owner, f"{endpoint.method} {request.raw.path}", key)
+    request._digest.update(b"\0" + request.raw.query_string.encode())
+    stored = await tenants.claim_slot(db, slot)
+    if stored is not None:
+        if endpoint.raw_body:
+            async for _ in request.chunks():
+                pass
+        if stored.body_hash != request._digest.digest():
+            raise ApiError(
+                422,
+                "IDEMPOTENCY_MISMATCH",
+                "this Idempotency-Key was used here with another body; take a new key for a new request",
+            )
+        headers = {"Idempotency-Replayed": "true"}
+        return _json(stored.answer, stored.status, headers)
+    response = _respond(endpoint, await endpoint.handler(request))
+    if isinstance(response, web.Response) and 200 <= response.status < 300:
+        content = response.body if isinstance(response.body, bytes) else b""
+        await tenants.fill_slot(db, slot, request._digest.digest(), response.status, content)
+    return response
+
+
+async def _authenticate(request: Request, endpoint: Endpoint) -> None:
+    if endpoint.auth == "public":
+        return
+    scheme, _, key = request.raw.headers.get("Authorization", "").partition(" ")
+    key = key.strip() if scheme.lower() == "bearer" else ""
+    if endpoint.auth == "admin":
+        token = request.ctx.settings.admin_token
+        if token is None:
+            raise ApiError(
+                403, "ADMIN_DISABLED", "set SMSD_ADMIN_TOKEN and start anew to open /api/admin"
+            )
+        if not compare_digest(key.encode(errors="replace"), token.get_secret_value().encode()):
+            raise ApiError(401, "UNAUTHORIZED", "takes Authorization: Bearer <SMSD_ADMIN_TOKEN>")
+        return
+    request.tenant = await tenants.authenticate(request.ctx.pool, key) if key else None
+    if request.tenant is None:
+        raise ApiError(
+            401,
+            "UNAUTHORIZED",
+            "takes Authorization: Bearer <a tenant's key>; this is none, or revoked",
+        )
+    request.raw[_TENANT] = request.tenant.id
+
+
+def _path(raw: web.Request, endpoint: Endpoint) -> dict[str, int | str]:
+    values: dict[str, int | str] = dict(raw.match_info)
+    for name in endpoint.numbers:
+        digits = raw.match_info[name]
+        if len(digits) > 19 or not 1 <= int(digits) <= LARGEST_ID:
+            raise not_found(raw.path)
+        values[name] = int(digits)
+    return values
+
+
+def _query(raw: web.Request, model: type[Model]) -> Model:
+    values: dict[str, object] = {}
+    lists = {info.alias for info in model.model_fields.values() if "list[" in str(info.annotation)}
+    for name in raw.query:
+        found = raw.query.getall(name)
+        if len(found) > 1 and name not in lists:
+            raise invalid(name, ", ".join(found), "one value; it is there more than once")
+        values[name] = found if name in lists else found[0]
+    try:
+        return model.model_validate(values, strict=False, by_alias=True, by_name=False)
+    except ValidationError as error:
+        raise from_validation(error, _fields(model)) from None
+
+
+async def read_body(raw: web.Request, limit: int) -> bytes:
+    """The body, or 413 as soon as it is known to be too large."""
+    body = bytearray()
+    if (raw.content_length or 0) <= limit:
+        try:
+            async for chunk in raw.content.iter_any():
+                body += chunk
+                if len(body) > limit:
+                    break
+            else:
+                return bytes(body)
+        except (aiohttp.ClientPayloadError, aiohttp.http.HttpProcessingError) as error:
+            raise ApiError(400, "BAD_REQUEST", f"the body cannot be read: {error}") from None
+    raise ApiError(
+        413, "PAYLOAD_TOO_LARGE", f"the body is larger than {limit} bytes, the most taken"
+    )
+
+
+def _parse(body: bytes, model: type[Model]) -> Model:
+    try:
+        return model.model_validate_json(body or b"{}", by_alias=True, by_name=False)
+    except ValidationError as error:
+        raise from_validation(error, _fields(model)) from None
+
+
+def _fields(model: type[Model]) -> list[str]:
+    return [info.alias or name for name, info in model.model_fields.items()]
+
+
+def _idempotency_key(raw: web.Request) -> str | None:
+    key = raw.headers.get("Idempotency-Key")
+    if key is not None and not _IDEMPOTENCY_KEY.fullmatch(key):
+        raise invalid("Idempotency-Key", key, "1 to 255 printable ASCII characters without spaces")
+    return key
+
+
+def _respond(endpoint: Endpoint, answer: Answer) -> web.StreamResponse:
+    if isinstance(answer, web.StreamResponse):
+        return answer
+    if answer is None:
+        return web.Response(status=204 if endpoint.status == 200 else endpoint.status)
+    if isinstance(answer, BaseModel):
+        return _json(answer.model_dump_json(by_alias=True).encode(), endpoint.status)
+    return _json(orjson.dumps(answer, option=orjson.OPT_UTC_Z), endpoint.status)
+
+
+def _json(body: bytes, status: int, headers: Mapping[str, str] | None = None) -> web.Response:
+    if not body:
+        return web.Response(status=status, headers=headers)
+    return web.Response(
+        body=body, status=status, headers=headers, content_type="application/json", charset="utf-8"
+    )
+
+
+# -------------------------------------------------------------------------------------- every answer
+
+
+@web.middleware
+async def frame(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    """Around every request: its id, its errors, its line in the log."""
+    started = time.perf_counter()
+    given = _REQUEST_ID_CHARACTERS.sub("", request.headers.get("X-Request-Id", ""))[:128]
+    request[_REQUEST_ID] = given or uuid.uuid4().hex
+    with structlog.contextvars.bound_contextvars(request_id=request[_REQUEST_ID]):
+        try:
+            response = await handler(request)
+        except web.HTTPException as error:
+            response = error if error.status < 400 else _refuse(request, _from_http(request, error))
+        except ApiError as error:
+            response = _refuse(request, error)
+        except Exception as error:
+            response = _refuse(request, _from_surprise(error))
+        resource = request.match_info.route.resource
+        route = resource.canonical if resource else "(unknown)"
+        say = log.debug if route in _QUIET else log.info
+        say(
+            "request.answered",
+            method=request.method,
+            route=route,
+            status=response.status,
+            ms=round((time.perf_counter() - started) * 1000, 1),
+            tenant=request.get(_TENANT),
+        )
+        return response
+
+
+async def add_headers(request: web.BaseRequest, response: web.StreamResponse) -> None:
+    """What every answer says of itself, streams included; called before the headers leave."""
+    response.headers["X-Request-Id"] = request.get(_REQUEST_ID, "")
+    response.headers["Server"] = "smsd"
+
+
+def _refuse(raw: web.Request, error: ApiError) -> web.Response:
+    response = _json(error.body(), error.status)
+    if error.status == 401:
+        response.headers["WWW-Authenticate"] = "Bearer"
+    if error.status == 503:
+        response.headers["Retry-After"] = "1"
+    if error.status == 405:
+        response.headers["Allow"] = ", ".join(sorted(raw.match_info.http_exception.allowed_methods))  # type: ignore[union-attr]
+    return response
+
+
+def _from_http(raw: web.Request, error: web.HTTPException) -> ApiError:
+    if isinstance(error, web.HTTPMethodNotAllowed):
+        allowed = ", ".join(sorted(error.allowed_methods))
+        return ApiError(
+            405, "METHOD_NOT_ALLOWED", f"{raw.path} does not take {raw.method}; it takes {allowed}"
+        )
+    if error.status == 404:
+        return not_found(raw.path)
+    code = re.sub(r"\W+", "_", error.reason).upper()
+    return ApiError(error.status, code, error.text or error.reason)
+
+
+def _from_surprise(error: Exception) -> ApiError:
+    if isinstance(error, (*database.AWAY, *_BUSY)):
+        log.warning("database.away", error=type(error).__name__)
+        return ApiError(503, "QUEUE_UNAVAILABLE", "the database does not answer; try again")
+    # Without its words: those of Postgres and pydantic quote rows, that is numbers and texts.
+    log.error(
+        "request.failed",
+        error=type(error).__name__,
+        stack="".join(traceback.format_tb(error.__traceback__)),
+    )
+    if isinstance(error, asyncpg.DataError):
+        return ApiError(400, "VALIDATION_ERROR", "a value is larger than what can be stored", [])
+    return ApiError(
+        503, "INTERNAL", "something unexpected happened; the log has it under this X-Request-Id"
+    )

@@ -1,0 +1,291 @@
+"""Messages: single ones, those of a campaign, and asking Mitto again about those without a final receipt."""
+
+from dataclasses import asdict
+from datetime import datetime
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+
+from smsd import campaigns, contacts, queue, text
+from smsd import credits as money
+from smsd.api import refresh
+from smsd.api.endpoint import Endpoint, Listing, Model, Page, Request
+from smsd.api.errors import ApiError, invalid, not_found, shown
+from smsd.api.models import Id, SenderId
+from smsd.model import Reason
+
+TEXT_MOST = 1_600
+
+MessageStatus = Literal[
+    "queued", "processing", "accepted", "delivered", "failed", "unknown", "cancelled", "skipped"
+]
+Phone = Annotated[
+    str,
+    Field(min_length=3, max_length=40, description="E.164, or national of the default country"),
+]
+
+
+# ------------------------------------------------------------------------------------------ shapes
+
+
+class Attempt(Model):
+    """One request to Mitto that the message was in. `outcome` is null while it is under way."""
+
+    n: int
+    at: datetime
+    outcome: str | None
+    detail: str | None
+
+
+class Message(Model):
+    """One message. `to` is null where the recipient's number could not be read; `detail` has it then."""
+
+    id: int
+    campaign_id: int | None = Field(description="null for single messages")
+    to: str | None
+    text: str | None
+    segments: int
+    status: MessageStatus
+    reason: Reason | None
+    detail: str | None
+    provider_message_id: str | None
+    bulk_id: str | None
+    reference: str | None
+    attempts: list[Attempt]
+    created_at: datetime
+    accepted_at: datetime | None
+    finished_at: datetime | None
+
+
+class Batch(Model):
+    """One request's worth of messages. `n`: how many; `open`: how many of them have no outcome yet."""
+
+    id: int
+    status: Literal["queued", "waiting", "processing", "done", "unknown", "cancelled"]
+    n: int
+    open: int
+    first_id: int
+    last_id: int
+    bulk_id: str | None
+    attempts: int
+    not_before: datetime | None = Field(description="When a waiting batch is tried again")
+    created_at: datetime
+    done_at: datetime | None
+
+
+def shape(message: campaigns.Message) -> Message:
+    """The answer of a message."""
+    values = asdict(message)
+    values["campaign_id"] = message.campaign_id or None
+    phone = values.pop("phone")
+    values["to"] = None if phone is None else text.plus(phone)
+    values["provider_message_id"] = values.pop("provider_id")
+    values["attempts"] = [
+        Attempt(n=one.n, at=one.at, outcome=one.outcome, detail=one.detail)
+        for one in message.attempts
+    ]
+    return Message.model_validate(values, strict=False)
+
+
+# ------------------------------------------------------------------------------- of a campaign
+
+
+class MessagesQuery(Model):
+    """Which of a campaign's messages; pages follow each other by `cursor`."""
+
+    status: MessageStatus | None = None
+    phone: Phone | None = None
+    cursor: int = Field(0, ge=0, le=2**63 - 1, description="The nextCursor of the page before")
+    page_size: int = Field(20, ge=1, le=100)
+
+
+class MessagesPage(Model):
+    """Messages by id. `nextCursor` is null on the last page."""
+
+    items: list[Message]
+    next_cursor: int | None
+
+
+async def list_messages(req: Request) -> MessagesPage:
+    query: MessagesQuery = req.query
+    await campaign_of(req)
+    phone = None if query.phone is None else read_phone(req, query.phone)
+    found = await campaigns.messages(
+        req.db, req.id, query.status, phone, query.cursor, query.page_size + 1
+    )
+    page = found[: query.page_size]
+    more = len(found) > len(page)
+    return MessagesPage(
+        items=[shape(one) for one in page], next_cursor=page[-1].id if more else None
+    )
+
+
+async def list_batches(req: Request) -> Listing[Batch]:
+    page: Page = req.query
+    await campaign_of(req)
+    found, total = await campaigns.batches(req.db, req.id, page.page_size, page.offset)
+    items = [Batch(n=one.size, **_without_size(one)) for one in found]
+    return Listing[Batch](items=items, total=total, page=page.page, page_size=page.page_size)
+
+
+def _without_size(batch: campaigns.Batch) -> dict[str, object]:
+    values = asdict(batch)
+    del values["size"]
+    return values
+
+
+async def campaign_of(req: Request) -> campaigns.Campaign:
+    """The campaign of the path's {id}; 404 if the tenant has none of that id."""
+    campaign = await campaigns.get(req.db, req.me.id, req.id)
+    if campaign is None:
+        raise not_found(f"campaign {req.id}")
+    return campaign
+
+
+# ------------------------------------------------------------------------------------- single ones
+
+
+class NewMessage(Model):
+    """One message of the priority class, to a number or to a contact."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"phone": "+306944123456", "text": "Your code is 4711"}]}
+    )
+    phone: Phone | None = None
+    contact_id: Id | None = None
+    text: str = Field(min_length=1, max_length=TEXT_MOST)
+    sender: SenderId | None = Field(None, description="null: the tenant's")
+    reference: str | None = Field(None, min_length=1, max_length=200)
+    on_unknown: Literal["hold", "resend"] = Field(
+        "hold", description="What to do where nobody knows whether Mitto took it"
+    )
+
+
+class Queued(Model):
+    """The message is on its way."""
+
+    id: int
+    status: Literal["queued"]
+
+
+async def send_message(req: Request) -> Queued:
+    body: NewMessage = req.body
+    if body.on_unknown != "hold":
+        raise ApiError(501, "NOT_IMPLEMENTED", "onUnknown: resend is not part of this version yet")
+    if (body.phone is None) == (body.contact_id is None):
+        raise invalid("phone", body.phone, "a number, unless contactId is given: one of the two")
+    try:
+        text.check_text(body.text)
+    except text.TextError as error:
+        raise bad_text("text", body.text, error) from None
+    phone = await _contacts_phone(req) if body.phone is None else read_phone(req, body.phone)
+    message_id = await send_one(req, phone, body.text, body.sender)
+    if body.reference is not None:
+        await campaigns.set_reference(req.db, message_id, body.reference)
+    return Queued(id=message_id, status="queued")
+
+
+async def get_message(req: Request) -> Message:
+    return shape(await _message(req))
+
+
+async def refresh_message(req: Request) -> Message:
+    message = await _message(req)
+    if message.provider_id is None or message.status != "accepted":
+        return shape(message)
+    await refresh.ask(req.ctx, [message.provider_id])
+    return shape(await _message(req))
+
+
+async def send_one(req: Request, phone: int, content: str, sender: str | None) -> int:
+    """Queues one message of the priority class with its hold, in the request's transaction; returns its id.
+    Raises 403, NO_SENDER and 402."""
+    me = req.me
+    if not me.active:
+        raise inactive()
+    sender = sender or me.sender
+    if sender is None:
+        raise no_sender()
+    segments = text.segments(content).count
+    message_id = await queue.add_message(
+        req.connection, me.id, me.account_id, phone, content, sender, segments
+    )
+    if message_id is None:
+        raise await insufficient(req, segments)
+    return message_id
+
+
+async def _message(req: Request) -> campaigns.Message:
+    message = await campaigns.message(req.db, req.me.id, req.id)
+    if message is None:
+        raise not_found(f"message {req.id}")
+    return message
+
+
+async def _contacts_phone(req: Request) -> int:
+    contact_id = req.body.contact_id
+    contact = await contacts.get(req.db, req.me.id, contact_id)
+    if contact is None:
+        raise invalid("contactId", contact_id, "the id of a contact; there is none with this")
+    return contact.phone
+
+
+# ------------------------------------------------------------------------------- shared refusals
+
+
+def read_phone(req: Request, value: str) -> int:
+    """A phone number of the caller's as E.164 digits; 400 if it is none."""
+    try:
+        return text.normalise_phone(value, req.me.default_country)
+    except text.InvalidPhone as error:
+        details = _detail("phone", value, error)
+        raise ApiError(400, "VALIDATION_ERROR", f"phone: {error}", details) from None
+
+
+def bad_text(field: str, value: str, error: text.TextError) -> ApiError:
+    """400 for a text that cannot be stored or sent."""
+    return ApiError(400, "VALIDATION_ERROR", f"{field}: {error}", _detail(field, value, error))
+
+
+def _detail(field: str, value: str, error: Exception) -> list[dict[str, object]]:
+    return [{"field": field, "value": shown(value), "takes": str(error)}]
+
+
+def inactive() -> ApiError:
+    """403: the tenant may not send."""
+    return ApiError(
+        403,
+        "INACTIVE_SUBSCRIPTION",
+        "the subscription is inactive; nothing can be sent until it is active",
+    )
+
+
+def no_sender() -> ApiError:
+    """400: nobody said whom the message is from."""
+    return ApiError(400, "NO_SENDER", "there is no sender: give one here, or set the tenant's")
+
+
+async def insufficient(req: Request, required: int) -> ApiError:
+    """402, with what is needed and what there is."""
+    state = await money.balance(req.db, req.me.id)
+    return ApiError(
+        402,
+        "INSUFFICIENT_CREDITS",
+        f"this needs {required} credits and {state.available} are available; top up and try again",
+        {"required": required, "available": state.available},
+    )
+
+
+ENDPOINTS = (
+    Endpoint("GET", "/api/campaigns/{id}/messages", list_messages, "tenant", "Messages of a campaign",
+             MessagesPage, query=MessagesQuery),
+    Endpoint("GET", "/api/campaigns/{id}/batches", list_batches, "tenant", "Batches of a campaign",
+             Listing[Batch], query=Page),
+    Endpoint("POST", "/api/messages", send_message, "tenant", "Send one message", Queued, 202,
+             body=NewMessage, idempotent=True,
+             errors=((400, "NO_SENDER"), (402, "INSUFFICIENT_CREDITS"), (403, "INACTIVE_SUBSCRIPTION"),
+                     (501, "NOT_IMPLEMENTED"))),
+    Endpoint("GET", "/api/messages/{id}", get_message, "tenant", "One message", Message),
+    Endpoint("POST", "/api/messages/{id}/refresh", refresh_message, "tenant",
+             "Ask Mitto about one message", Message),
+)  # fmt: skip

@@ -1,0 +1,585 @@
+"""Contacts, their lists, who opted out, and the audiences that are made of them.
+
+Whether a number may be texted stands in one place, by tenant and number (`opt_out`); a contact only shows it, and a
+contact that is deleted or imported again does not forget it. Sizes of lists are kept by triggers.
+
+In a transaction: opt-outs before contacts before lists, so that two of them never wait for each other.
+"""
+
+import asyncio
+import re
+from collections import deque
+from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import date, datetime
+from typing import Any, NamedTuple
+
+import asyncpg
+import orjson
+import phonenumbers
+
+from smsd import csvfile, database, text
+from smsd.csvfile import CellError, HeaderError, Recipient
+from smsd.database import Connection, Executor, Record
+
+SQL = database.queries("contacts")
+
+COLUMNS = {
+    text.tag_key(column): column
+    for column in ("first_name", "last_name", "email", "gender", "birthday")
+}
+"""What merge tags can say of a contact beside its attributes: `text.tag_key` → column."""
+AGES: Mapping[str, tuple[int, int | None]] = {
+    "18_24": (18, 24),
+    "25_39": (25, 39),
+    "40_plus": (40, None),
+}
+"""Age groups: youngest and oldest, both included."""
+EXACT_UP_TO = 100_000
+RECIPIENT_BLOCK = 2_000
+"""Recipients that `parse_recipients` hands over at once, at most."""
+
+_ROWS_BETWEEN_YIELDS = 250
+_LONGEST_PHONE = 15
+_PHONE = re.compile(r"(\+|00|)([0-9]+)")
+_SEPARATORS = re.compile(r"[\s./()-]+")
+_LIKE = re.compile(r"([\\%_])")
+_ESCAPED = r"\\\1"
+
+
+class PhoneTaken(Exception):  # noqa: N818 - a fact, not a fault
+    """The tenant has another contact with this number; its id, unless it came this moment."""
+
+    def __init__(self, contact_id: int | None) -> None:
+        super().__init__(f"contact {contact_id} has this number")
+        self.contact_id = contact_id
+
+
+class NameTaken(Exception):  # noqa: N818 - likewise
+    """The tenant has another list of this name."""
+
+
+class Unknown(Exception):  # noqa: N818 - likewise
+    """Ids that this tenant does not have."""
+
+    def __init__(self, ids: Sequence[int]) -> None:
+        super().__init__(", ".join(map(str, ids)))
+        self.ids = ids
+
+
+class ListInUse(Exception):  # noqa: N818 - likewise
+    """Campaigns that are yet to be sent, or on their way, name the list."""
+
+    def __init__(self, campaign_ids: Sequence[int]) -> None:
+        super().__init__(", ".join(map(str, campaign_ids)))
+        self.campaign_ids = campaign_ids
+
+
+@dataclass(frozen=True, slots=True)
+class Contact:
+    """Somebody whom a tenant knows."""
+
+    id: int
+    phone: int
+    first_name: str | None
+    last_name: str | None
+    email: str | None
+    gender: str | None
+    birthday: date | None
+    attributes: dict[str, Any]
+    list_ids: list[int]
+    is_subscribed: bool
+    created_at: datetime
+    updated_at: datetime
+
+
+class ContactList(NamedTuple):
+    """A list, and how many contacts are on it."""
+
+    id: int
+    name: str
+    contacts: int
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Filters:
+    """Which contacts a listing shows. `q`: the beginning of a number, else a part of a name."""
+
+    q: str | None = None
+    list_id: int | None = None
+    is_subscribed: bool | None = None
+
+
+# ---------------------------------------------------------------------------------------- contacts
+
+
+async def get(db: Executor, tenant_id: int, contact_id: int) -> Contact | None:
+    """The contact, or None."""
+    found = await _show(db, tenant_id, [contact_id])
+    return found[0] if found else None
+
+
+async def find(
+    db: Executor, tenant_id: int, filters: Filters, country: str, limit: int, offset: int
+) -> tuple[list[Contact], int]:
+    """A page of the contacts that the filters take, newest first, and how many they are. `country`: whose national
+    numbers `q` may begin like."""
+    prefixes = _phone_prefixes(filters.q, country) if filters.q else None
+    low, high = (None, None) if prefixes is None else _ranges(prefixes)
+    name = f"%{_LIKE.sub(_ESCAPED, filters.q)}%" if filters.q and prefixes is None else None
+    row = await db.fetchrow(
+        SQL["find_contacts"],
+        tenant_id, filters.list_id, filters.is_subscribed, low, high, name, limit, offset,
+    )  # fmt: skip
+    assert row is not None
+    return await _show(db, tenant_id, row["ids"]), row["total"]
+
+
+async def create(
+    db: Connection,
+    tenant_id: int,
+    phone: int,
+    values: Mapping[str, Any],
+    *,
+    list_ids: Sequence[int] = (),
+    is_subscribed: bool | None = None,
+) -> Contact:
+    """A new contact with values by column. Raises PhoneTaken, and Unknown for lists."""
+    await _subscribe(db, tenant_id, phone, is_subscribed)
+    contact_id = await db.fetchval(
+        SQL["insert_contact"],
+        tenant_id, phone, values.get("first_name"), values.get("last_name"), values.get("email"),
+        values.get("gender"), values.get("birthday"), values.get("attributes") or {},
+    )  # fmt: skip
+    if contact_id is None:
+        raise PhoneTaken(await db.fetchval(SQL["contact_of_phone"], tenant_id, phone))
+    await _put_on(db, tenant_id, contact_id, list_ids)
+    return await _must_get(db, tenant_id, contact_id)
+
+
+async def change(
+    db: Connection,
+    tenant_id: int,
+    contact_id: int,
+    changes: Mapping[str, Any],
+    *,
+    list_ids: Sequence[int] | None = None,
+    is_subscribed: bool | None = None,
+) -> Contact | None:
+    """Sets values by column; the lists are from now on `list_ids` unless that is None. None: no such contact. Raises
+    PhoneTaken, and Unknown for lists."""
+    before = await get(db, tenant_id, contact_id)
+    if before is None:
+        return None
+    await _subscribe(db, tenant_id, changes.get("phone", before.phone), is_subscribed)
+    await db.execute(SQL["lock_contact"], tenant_id, contact_id)
+    before = await get(db, tenant_id, contact_id)
+    if before is None:
+        return None
+    contact = replace(before, **changes)
+    if contact.phone != before.phone:
+        taken = await db.fetchval(SQL["contact_of_phone"], tenant_id, contact.phone)
+        if taken is not None:
+            raise PhoneTaken(taken)
+    try:
+        await db.execute(
+            SQL["update_contact"],
+            tenant_id, contact_id, contact.phone, contact.first_name, contact.last_name, contact.email,
+            contact.gender, contact.birthday, contact.attributes,
+        )  # fmt: skip
+    except asyncpg.UniqueViolationError:
+        raise PhoneTaken(None) from None
+    if list_ids is not None:
+        await _put_on(db, tenant_id, contact_id, list_ids)
+        await db.execute(SQL["leave_lists"], contact_id, list(list_ids))
+    return await _must_get(db, tenant_id, contact_id)
+
+
+async def delete(db: Connection, tenant_id: int, contact_id: int) -> bool:
+    """Forgets a contact, but not that its number opted out. False: no such contact."""
+    if await db.fetchval(SQL["delete_contact"], tenant_id, contact_id) is None:
+        return False
+    await db.execute(SQL["leave_lists"], contact_id, [])
+    return True
+
+
+async def _show(db: Executor, tenant_id: int, ids: Sequence[int]) -> list[Contact]:
+    return [Contact(**row) for row in await db.fetch(SQL["show_contacts"], tenant_id, ids)]
+
+
+async def _must_get(db: Executor, tenant_id: int, contact_id: int) -> Contact:
+    contact = await get(db, tenant_id, contact_id)
+    assert contact is not None
+    return contact
+
+
+async def _subscribe(
+    db: Connection, tenant_id: int, phone: int, is_subscribed: bool | None
+) -> None:
+    if is_subscribed is False:
+        await opt_out(db, tenant_id, phone, "api")
+    elif is_subscribed:
+        await opt_in(db, tenant_id, phone)
+
+
+async def _put_on(db: Connection, tenant_id: int, contact_id: int, list_ids: Sequence[int]) -> None:
+    if not list_ids:
+        return
+    kept = {row["id"] for row in await db.fetch(SQL["keep_lists"], tenant_id, list(list_ids))}
+    if unknown := [one for one in list_ids if one not in kept]:
+        raise Unknown(unknown)
+    await db.execute(SQL["join_lists"], contact_id, list(kept))
+
+
+def _phone_prefixes(q: str, country: str) -> list[str] | None:
+    """What E.164 numbers begin with that `q` may be the beginning of; None if it is no number."""
+    found = _PHONE.fullmatch(_SEPARATORS.sub("", q))
+    if found is None:
+        return None
+    prefixes = [found[2]]
+    if not found[1]:
+        code = phonenumbers.country_code_for_region(country)
+        prefixes.append(f"{code}{found[2].lstrip('0')}")
+    prefixes = [p for p in prefixes if p[0] != "0" and len(p) <= _LONGEST_PHONE]
+    return [p for p in prefixes if not any(p != q and p.startswith(q) for q in prefixes)]
+
+
+def _ranges(prefixes: Sequence[str]) -> tuple[list[int], list[int]]:
+    """The numbers that begin so, as ranges that an index can read: one for each length."""
+    scales = [(int(p), 10**k) for p in prefixes for k in range(_LONGEST_PHONE - len(p) + 1)]
+    return [n * scale for n, scale in scales], [(n + 1) * scale - 1 for n, scale in scales]
+
+
+# ------------------------------------------------------------------------------------------- lists
+
+
+async def create_list(db: Executor, tenant_id: int, name: str) -> ContactList:
+    """A new list, empty. Raises NameTaken."""
+    list_id = await db.fetchval(SQL["insert_list"], tenant_id, name)
+    if list_id is None:
+        raise NameTaken
+    created = await get_list(db, tenant_id, list_id)
+    assert created is not None
+    return created
+
+
+async def get_list(db: Executor, tenant_id: int, list_id: int) -> ContactList | None:
+    """The list, or None."""
+    row = await db.fetchrow(SQL["show_lists"], tenant_id, list_id, 1, 0)
+    return ContactList(**row) if row else None
+
+
+async def lists(
+    db: Executor, tenant_id: int, limit: int, offset: int
+) -> tuple[list[ContactList], int]:
+    """A page of the tenant's lists by name, and how many there are."""
+    rows = await db.fetch(SQL["show_lists"], tenant_id, None, limit, offset)
+    return [ContactList(**row) for row in rows], await db.fetchval(SQL["count_lists"], tenant_id)
+
+
+async def rename_list(db: Executor, tenant_id: int, list_id: int, name: str) -> ContactList | None:
+    """Gives a list another name. None: no such list. Raises NameTaken."""
+    try:
+        await db.execute(SQL["rename_list"], tenant_id, list_id, name)
+    except asyncpg.UniqueViolationError:
+        raise NameTaken from None
+    return await get_list(db, tenant_id, list_id)
+
+
+async def delete_list(db: Connection, tenant_id: int, list_id: int) -> bool:
+    """Deletes a list, not its contacts. False: no such list. Raises ListInUse: a campaign that excludes a list would
+    otherwise text those on it."""
+    used = await db.fetch(SQL["campaigns_of_list"], tenant_id, list_id)
+    if used:
+        raise ListInUse([row["id"] for row in used])
+    if await db.fetchval(SQL["delete_list"], tenant_id, list_id) is None:
+        return False
+    await db.execute(SQL["empty_list"], list_id)
+    return True
+
+
+async def add_to_list(
+    db: Connection, tenant_id: int, list_id: int, contact_ids: Sequence[int]
+) -> int | None:
+    """Puts contacts on a list; how many were not on it. None: no such list. Raises Unknown for contacts."""
+    kept = {row["id"] for row in await db.fetch(SQL["keep_contacts"], tenant_id, list(contact_ids))}
+    if not await db.fetch(SQL["keep_lists"], tenant_id, [list_id]):
+        return None
+    if unknown := [one for one in contact_ids if one not in kept]:
+        raise Unknown(unknown)
+    return len(await db.fetch(SQL["add_to_list"], list_id, list(kept)))
+
+
+async def remove_from_list(db: Executor, tenant_id: int, list_id: int, contact_id: int) -> bool:
+    """Takes a contact off a list. False: no such list, or not on it."""
+    if await get_list(db, tenant_id, list_id) is None:
+        return False
+    return await db.fetchval(SQL["remove_from_list"], list_id, contact_id) is not None
+
+
+# ---------------------------------------------------------------------------------------- opt-outs
+
+
+async def opt_out(
+    db: Executor, tenant_id: int, phone: int, source: str, campaign_id: int | None = None
+) -> bool:
+    """The tenant texts this number no more. source: api | import | link | sms. False: it was so already."""
+    return await db.fetchval(SQL["opt_out"], tenant_id, phone, source, campaign_id) is not None
+
+
+async def opt_in(db: Executor, tenant_id: int, phone: int) -> bool:
+    """The tenant may text this number again. False: it might already."""
+    return await db.fetchval(SQL["opt_in"], tenant_id, phone) is not None
+
+
+async def tenant_name(db: Executor, tenant_id: int) -> str | None:
+    """The name that recipients are shown."""
+    name: str | None = await db.fetchval(SQL["tenant_name"], tenant_id)
+    return name
+
+
+# --------------------------------------------------------------------------------------- audiences
+
+
+@dataclass(frozen=True, slots=True)
+class Audience:
+    """Whom a campaign is for: contacts of the lists (of all without lists), less those of `exclude_list_ids`."""
+
+    list_ids: Sequence[int] = ()
+    exclude_list_ids: Sequence[int] = ()
+    gender: str | None = None
+    age_group: str | None = None
+
+    def parameters(self, as_of: date) -> tuple[object, ...]:
+        """As the functions of the database take them."""
+        youngest, oldest = AGES[self.age_group] if self.age_group else (None, None)
+        lists, exclude = list(self.list_ids), list(self.exclude_list_ids)
+        return lists, exclude, self.gender, youngest, oldest, as_of
+
+
+async def audience_count(db: Executor, tenant_id: int, audience: Audience, as_of: date) -> int:
+    """Subscribed contacts of the audience, exactly; ages are those on `as_of`. Reads all of it: half a second and
+    more for a list of a million."""
+    return int(await db.fetchval(SQL["audience_count"], tenant_id, *audience.parameters(as_of)))
+
+
+async def audience_estimate(db: Executor, tenant_id: int, audience: Audience, as_of: date) -> int:
+    """The same within 100 ms: exact unless the lists hold more than EXACT_UP_TO, then within some 1 % of what they
+    hold, from a sample; exact too where all of it is taken."""
+    parameters = audience.parameters(as_of)
+    return int(await db.fetchval(SQL["audience_estimate"], tenant_id, *parameters, EXACT_UP_TO))
+
+
+async def audience_page(
+    db: Executor,
+    tenant_id: int,
+    audience: Audience,
+    as_of: date,
+    after_id: int,
+    highest_id: int,
+    limit: int,
+) -> list[Record]:
+    """The next contacts of the audience with after_id < id ≤ highest_id, by id: id, phone, the columns of a contact,
+    attributes, opted_out. The opted-out are there, marked; fewer than `limit` are the last."""
+    return await db.fetch(
+        SQL["audience_page"], tenant_id, *audience.parameters(as_of), after_id, highest_id, limit
+    )
+
+
+async def highest_id(db: Executor, tenant_id: int) -> int:
+    """The newest contact of the tenant; 0 if there is none."""
+    return await db.fetchval(SQL["highest_id"], tenant_id) or 0
+
+
+# -------------------------------------------------------------------------------------- recipients
+
+
+class AddedRecipients(NamedTuple):
+    """What became of recipients: new to the campaign, there already, without a number that can be read."""
+
+    added: int
+    duplicates: int
+    invalid: int
+
+
+async def add_recipients(
+    db: Executor, campaign_id: int, recipients: Sequence[Recipient]
+) -> AddedRecipients:
+    """Appends recipients to a campaign, a few thousand a call; of one number the first stays."""
+    rows = await db.fetch(
+        SQL["add_recipients"],
+        campaign_id,
+        [one.phone for one in recipients],
+        [one.raw for one in recipients],
+        [orjson.dumps(one.attributes).decode() for one in recipients],
+    )
+    invalid = sum(one.phone is None for one in recipients)
+    added = len(rows) - invalid
+    return AddedRecipients(added, len(recipients) - len(rows), invalid)
+
+
+async def recipient_count(db: Executor, campaign_id: int) -> int:
+    """Uploaded recipients of the campaign that can be texted."""
+    return int(await db.fetchval(SQL["recipient_count"], campaign_id))
+
+
+async def recipient_page(db: Executor, campaign_id: int, after_id: int, limit: int) -> list[Record]:
+    """The next uploaded recipients by id: id, phone (None where unreadable), raw, attributes, opted_out; fewer than
+    `limit` are the last."""
+    return await db.fetch(SQL["recipient_page"], campaign_id, after_id, limit)
+
+
+class BadLine(Exception):  # noqa: N818 - a fact, not a fault
+    """A line of an upload that cannot be taken; the message says what is taken."""
+
+    def __init__(self, line: int, value: str, message: str) -> None:
+        super().__init__(f"line {line}: {message}")
+        self.line, self.value = line, value[: csvfile.NAME_CHARACTERS]
+
+
+class _CsvRecipients:
+    def __init__(self, charset: str, country: str) -> None:
+        self._charset, self._country = charset, country
+        self._head = b""
+        self._ended = False
+        self._reader: csvfile.Reader | None = None
+
+    def feed(self, data: bytes) -> None:
+        if self._reader:
+            self._reader.feed(data)
+            return
+        self._head += data
+        if self._ended or len(self._head) > csvfile.RECORD_BYTES:
+            try:
+                header, self._reader = csvfile.read_header(self._head, self._charset, self._ended)
+                self._columns = csvfile.Columns(header.names)
+            except HeaderError as error:
+                raise BadLine(1, error.value, str(error)) from None
+
+    def end(self) -> None:
+        self._ended = True
+        if self._reader:
+            self._reader.end()
+        else:
+            self.feed(b"")
+
+    def read(self, most: int) -> list[Recipient]:
+        recipients = []
+        for record in self._reader.read(most) if self._reader else ():
+            if record.problem:
+                raise BadLine(record.line, record.cells[0], record.problem)
+            try:
+                recipients.append(self._columns.recipient(record.cells, self._country))
+            except CellError as error:
+                raise BadLine(record.line, error.value, str(error)) from None
+        return recipients
+
+
+class _JsonRecipients:
+    def __init__(self, charset: str, country: str) -> None:
+        self._country = country
+        self._lines: deque[bytes] = deque()
+        self._tail = b""
+        self._line = 0
+
+    def feed(self, data: bytes) -> None:
+        *lines, self._tail = (self._tail + data).split(b"\n")
+        self._lines.extend(lines)
+        if len(self._tail) > csvfile.RECORD_BYTES:
+            line = self._line + len(self._lines) + 1
+            message = f"has more than {csvfile.RECORD_BYTES} bytes; takes one JSON object a line"
+            raise BadLine(line, self._tail[:1000].decode(errors="replace"), message)
+
+    def end(self) -> None:
+        self._lines.append(self._tail)
+        self._tail = b""
+
+    def read(self, most: int) -> list[Recipient]:
+        recipients: list[Recipient] = []
+        while self._lines and len(recipients) < most:
+            self._line += 1
+            if line := self._lines.popleft().strip():
+                recipients.append(self._recipient(line))
+        return recipients
+
+    def _recipient(self, line: bytes) -> Recipient:
+        try:
+            given = orjson.loads(line)
+            if not isinstance(given, dict):
+                raise ValueError(f"it is a JSON {type(given).__name__}")
+        except ValueError as error:
+            shown = line[:1000].decode(errors="replace")
+            raise BadLine(self._line, shown, f"takes one JSON object a line: {error}") from None
+        if len(given) > csvfile.COLUMNS:
+            raise BadLine(self._line, "", f"has {len(given)} fields; takes {csvfile.COLUMNS}")
+        phone = None
+        values = {}
+        for name, value in given.items():
+            spelled = self._text(name, value)
+            if csvfile.is_phone(name):
+                phone = spelled or ""
+            elif spelled:
+                values[name] = spelled
+        if phone is None:
+            raise BadLine(self._line, ", ".join(given), "has no phone; takes {phone, …values}")
+        return csvfile.recipient(phone, values, self._country)
+
+    def _text(self, name: str, value: object) -> str | None:
+        if value is None:
+            return None
+        if isinstance(value, bool):
+            return str(value).lower()
+        if not isinstance(value, str | int | float):
+            takes = "takes a text, a number, true, false or null"
+            raise BadLine(self._line, str(value), f"{name[:100]}: {takes}")
+        spelled = str(value)
+        try:
+            text.check_text(name)
+            text.check_text(spelled)
+        except text.TextError as error:
+            raise BadLine(self._line, name, f"{name!a}: {error}") from None
+        if len(name) > csvfile.NAME_CHARACTERS or len(spelled) > csvfile.CELL_CHARACTERS:
+            most = f"{csvfile.NAME_CHARACTERS} characters for a name, {csvfile.CELL_CHARACTERS} for a value"
+            raise BadLine(self._line, spelled, f"{name[:100]}: takes at most {most}")
+        return spelled.strip()
+
+
+RECIPIENT_FORMATS: Mapping[str, type[_CsvRecipients | _JsonRecipients]] = {
+    "text/csv": _CsvRecipients,
+    "application/csv": _CsvRecipients,
+    "application/x-ndjson": _JsonRecipients,
+    "application/ndjson": _JsonRecipients,
+    "application/jsonl": _JsonRecipients,
+    "application/json": _JsonRecipients,
+}
+"""Content types of uploaded recipients that `parse_recipients` reads."""
+
+
+async def parse_recipients(
+    chunks: AsyncIterable[bytes], content_type: str, charset: str, country: str
+) -> AsyncIterator[list[Recipient]]:
+    """Blocks of recipients as their bytes arrive, in constant memory and without holding up the event loop.
+    content_type: one of RECIPIENT_FORMATS. A number that cannot be read is kept as it is; anything else that cannot
+    be taken raises BadLine."""
+    reader = RECIPIENT_FORMATS[content_type](charset, country)
+    block: list[Recipient] = []
+    async for chunk in _and_end(chunks):
+        if chunk is None:
+            reader.end()
+        else:
+            reader.feed(chunk)
+        while slice_ := reader.read(_ROWS_BETWEEN_YIELDS):
+            block += slice_
+            if len(block) >= RECIPIENT_BLOCK:
+                yield block
+                block = []
+            await asyncio.sleep(0)
+    if block:
+        yield block
+
+
+async def _and_end(chunks: AsyncIterable[bytes]) -> AsyncIterator[bytes | None]:
+    async for chunk in chunks:
+        yield chunk
+    yield None

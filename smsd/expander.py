@@ -1,0 +1,175 @@
+"""The expander: turns the audience of an enqueued campaign into messages and batches.
+
+One chunk at a time, of the tenant least recently served, so that a campaign of a million does not stand before a
+campaign of ten. Texts are rendered here, once; no transaction is open while they are.
+"""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+
+import structlog
+
+from smsd import contacts, database, expansions, queue, text
+from smsd.database import Pool, Record
+from smsd.expansions import Chunk, Expansion, Rendered, Skipped
+from smsd.model import Reason
+
+log = structlog.get_logger()
+
+FIRST_CHUNK, CHUNK = 2_000, 10_000
+ROWS_BETWEEN_YIELDS = 250
+SEGMENTS_MOST = 10
+SLOW_LOOK_SECONDS = 1.0
+
+
+class Renderer:
+    """Renders one campaign's text for its recipients."""
+
+    def __init__(
+        self,
+        template: text.Template,
+        *,
+        keys: Sequence[bytes],
+        link_base: str,
+        tenant_id: int,
+        campaign_id: int,
+        link_url: str | None,
+    ) -> None:
+        self._template = template
+        self._keys, self._base = keys, link_base
+        self._tenant_id, self._campaign_id, self._link_url = tenant_id, campaign_id, link_url
+        self._wants_unsubscribe = text.tag_key(text.UNSUBSCRIBE_TAG) in template.tags
+
+    def render(self, recipient: Record | Mapping[str, object]) -> Rendered | Skipped:
+        """The recipient's text, or why there is none. Takes a row of an audience or recipient page."""
+        phone = recipient["phone"]
+        if phone is None:
+            return Skipped(None, Reason.INVALID_NUMBER, str(recipient["raw"])[:200])
+        assert isinstance(phone, int)
+        if recipient["opted_out"]:
+            return Skipped(phone, Reason.OPTED_OUT, None)
+        try:
+            rendered = self._template.render(self.values(recipient, phone))
+        except text.MissingValue as missing:
+            return Skipped(phone, Reason.MISSING_VALUE, f"no value for {{{{{missing.tag}}}}}")
+        segments = text.segments(rendered).count
+        if segments > SEGMENTS_MOST:
+            return Skipped(
+                phone, Reason.TEXT_TOO_LONG, f"{segments} segments, {SEGMENTS_MOST} at most"
+            )
+        if not segments:
+            return Skipped(phone, Reason.MISSING_VALUE, "the text is empty for this recipient")
+        return Rendered(phone, rendered, segments)
+
+    def values(self, recipient: Record | Mapping[str, object], phone: int) -> dict[str, str | None]:
+        """What merge tags stand for, by `text.tag_key`: attributes first, so that a column of the contact wins."""
+        attributes = recipient["attributes"]
+        assert isinstance(attributes, dict)
+        values = {
+            text.tag_key(name): None if v is None else str(v) for name, v in attributes.items()
+        }
+        for key, column in contacts.COLUMNS.items():
+            value = recipient.get(column)
+            if value is not None:
+                values[key] = str(value)
+        values["phone"] = text.plus(phone)
+        values[text.tag_key(text.LINK_TAG)] = self._link_url
+        if self._wants_unsubscribe:
+            token = text.sign_unsubscribe(self._keys[0], self._tenant_id, self._campaign_id, phone)
+            values[text.tag_key(text.UNSUBSCRIBE_TAG)] = f"{self._base}/u/{token}"
+        return values
+
+
+class Expander:
+    """The loop of the daemon that expands what was enqueued."""
+
+    def __init__(
+        self, pool: Pool, standing: queue.Standing, keys: Sequence[bytes], link_base: str
+    ) -> None:
+        self._pool, self._standing, self._keys, self._base = pool, standing, keys, link_base
+        self._news = asyncio.Event()
+
+    def wake(self) -> None:
+        """News: a campaign was enqueued or resumed."""
+        self._news.set()
+
+    async def run(self) -> None:
+        """Writes chunk after chunk until cancelled."""
+        while True:
+            self._news.clear()
+            try:
+                if self._standing.replica_id and await self.expand_one():
+                    continue
+            except database.AWAY as error:
+                log.warning("expansion.failed", error=repr(error))
+            try:
+                async with asyncio.timeout(SLOW_LOOK_SECONDS):
+                    await self._news.wait()
+            except TimeoutError:
+                pass
+
+    async def expand_one(self) -> bool:
+        """Writes one chunk of the expansion whose turn it is. False: nothing runs."""
+        replica_id = self._standing.replica_id
+        expansion = await expansions.claim(self._pool, replica_id)
+        if expansion is None:
+            return False
+        bound = log.bind(tenant=expansion.tenant_id, campaign=expansion.campaign_id)
+        try:
+            chunk = await self._read(expansion)
+            first_id = await expansions.commit(self._pool, expansion, chunk, replica_id)
+        except expansions.OutOfCredits as short:
+            bound.warning("expansion.out_of_credits", detail=str(short))
+            await expansions.let_go(self._pool, expansion, replica_id)
+            await expansions.pause_for_credits(self._pool, expansion, str(short))
+            return True
+        if first_id is None:
+            bound.info("expansion.moved_on")
+            return True
+        if first_id:
+            await queue.wake_lane(self._pool, expansion.lane_id, first_id)
+        bound.info(
+            "chunk.written", read=chunk.read, messages=len(chunk.rendered), skipped=len(chunk.skipped),
+            last=chunk.last,
+        )  # fmt: skip
+        return True
+
+    async def _read(self, expansion: Expansion) -> Chunk:
+        limit = CHUNK if expansion.read else FIRST_CHUNK
+        recipients = await self._page(expansion, limit)
+        renderer = Renderer(
+            text.Template(expansion.template),
+            keys=self._keys,
+            link_base=self._base,
+            tenant_id=expansion.tenant_id,
+            campaign_id=expansion.campaign_id,
+            link_url=expansion.link_url,
+        )
+        last = len(recipients) < limit
+        cursor = recipients[-1]["id"] if recipients else expansion.cursor
+        chunk = Chunk(cursor, len(recipients), last, [], [])
+        for start in range(0, len(recipients), ROWS_BETWEEN_YIELDS):
+            for recipient in recipients[start : start + ROWS_BETWEEN_YIELDS]:
+                one = renderer.render(recipient)
+                if isinstance(one, Rendered):
+                    chunk.rendered.append(one)
+                else:
+                    chunk.skipped.append(one)
+            await asyncio.sleep(0)  # the API answers between two slices
+        return chunk
+
+    async def _page(self, expansion: Expansion, limit: int) -> Sequence[Record]:
+        if expansion.source == "recipients":
+            return await contacts.recipient_page(
+                self._pool, expansion.campaign_id, expansion.cursor, limit
+            )
+        audience = contacts.Audience(
+            list_ids=expansion.list_ids,
+            exclude_list_ids=expansion.exclude_list_ids,
+            gender=expansion.filter_gender,
+            age_group=expansion.filter_age_group,
+        )
+        return await contacts.audience_page(
+            self._pool, expansion.tenant_id, audience, expansion.as_of, expansion.cursor,
+            expansion.highest_id, limit,
+        )  # fmt: skip

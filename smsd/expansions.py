@@ -1,0 +1,179 @@
+"""Expansions: a campaign's audience on its way to messages and batches, chunk by chunk.
+
+A chunk is one transaction: the cursor moves, messages are copied in, batches are cut, the hold becomes exact. It
+commits only while its expansion still runs, is still owned by who read it, and stands where it was read.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, date, datetime
+from typing import NamedTuple
+
+from smsd import database
+from smsd.database import Connection, Executor, Pool
+from smsd.model import MessageState, Reason
+
+SQL = database.queries("expansions")
+
+_COPY_ROWS = 2_500  # asyncpg encodes a whole call before it yields to the event loop
+
+
+@dataclass(frozen=True, slots=True)
+class Expansion:
+    """The snapshot taken at enqueue, and how far its chunks have come."""
+
+    campaign_id: int
+    tenant_id: int
+    lane_id: int
+    source: str
+    sender: str
+    template: str
+    as_of: date
+    batch_size: int
+    highest_id: int
+    cursor: int
+    read: int
+    of: int
+    list_ids: list[int]
+    exclude_list_ids: list[int]
+    filter_gender: str | None
+    filter_age_group: str | None
+    link_url: str | None
+    account_id: int
+
+
+class Rendered(NamedTuple):
+    """A recipient ready to be sent to."""
+
+    phone: int
+    text: str
+    segments: int
+
+
+class Skipped(NamedTuple):
+    """A recipient that will not be sent to, and why. phone is None where the number could not be read."""
+
+    phone: int | None
+    reason: Reason
+    detail: str | None
+
+
+@dataclass(slots=True)
+class Chunk:
+    """What one reading of the audience came to. cursor: the highest recipient id read."""
+
+    cursor: int
+    read: int
+    last: bool
+    rendered: list[Rendered]
+    skipped: list[Skipped]
+
+
+class OutOfCredits(Exception):  # noqa: N818 - a fact, not a fault
+    """The exact figure of a chunk needs more credits than the tenant has."""
+
+
+async def claim(db: Executor, replica_id: int) -> Expansion | None:
+    """The expansion whose tenant was served least recently, owned by this replica; None where nothing runs."""
+    row = await db.fetchrow(SQL["claim_expansion"], replica_id)
+    return None if row is None else Expansion(**row)
+
+
+async def let_go(db: Executor, expansion: Expansion, replica_id: int) -> None:
+    """Gives an expansion up without having written a chunk."""
+    await db.execute(SQL["let_go"], expansion.campaign_id, replica_id)
+
+
+async def pause_for_credits(db: Executor, expansion: Expansion, detail: str) -> None:
+    """Pauses the campaign until a top-up."""
+    await db.execute(SQL["pause_expansion"], expansion.campaign_id, detail)
+
+
+async def commit(pool: Pool, expansion: Expansion, chunk: Chunk, replica_id: int) -> int | None:
+    """Writes a chunk; returns the first message id of its batches (0 where all were skipped), or None when the
+    expansion moved on without us and nothing was written. Raises OutOfCredits, with nothing written."""
+    async with pool.acquire() as connection, connection.transaction():
+        moved = await connection.fetchval(
+            SQL["advance_expansion"], expansion.campaign_id, replica_id, expansion.cursor, chunk.cursor,
+            chunk.read, chunk.last,
+        )  # fmt: skip
+        if moved is None:
+            return None
+        rendered, skipped = await _without_present(connection, expansion, chunk)
+        first_id = await _copy_messages(connection, expansion, rendered, skipped)
+        await _add_batches(connection, expansion, rendered, first_id)
+        if skipped:
+            await connection.execute(SQL["count_skipped"], expansion.campaign_id, len(skipped))
+        exact = sum(one.segments for one in rendered)
+        if not await connection.fetchval(
+            SQL["settle_hold"], expansion.campaign_id, chunk.read, exact, chunk.last
+        ):
+            raise OutOfCredits(f"a chunk of {len(rendered)} messages needs {exact} credits")
+        return first_id if rendered else 0
+
+
+async def _without_present(
+    connection: Connection, expansion: Expansion, chunk: Chunk
+) -> tuple[list[Rendered], list[Skipped]]:
+    """A number that the campaign has already is the same recipient under another row: left out."""
+    phones = [one.phone for one in chunk.rendered]
+    phones += [one.phone for one in chunk.skipped if one.phone is not None]
+    seen: set[int] = set()
+    if expansion.read and phones:
+        rows = await connection.fetch(SQL["already_there"], expansion.campaign_id, phones)
+        seen = {row["phone"] for row in rows}
+
+    def is_new(phone: int | None) -> bool:
+        if phone is None:
+            return True
+        new = phone not in seen
+        seen.add(phone)
+        return new
+
+    rendered = [one for one in chunk.rendered if is_new(one.phone)]
+    return rendered, [one for one in chunk.skipped if is_new(one.phone)]
+
+
+async def _copy_messages(
+    connection: Connection,
+    expansion: Expansion,
+    rendered: Sequence[Rendered],
+    skipped: Sequence[Skipped],
+) -> int:
+    """Copies the rows in, those to be sent first, so that batches are ranges without gaps."""
+    if not rendered and not skipped:
+        return 0
+    first_id = int(await connection.fetchval(SQL["take_message_ids"], len(rendered) + len(skipped)))
+    campaign_id, now, none = expansion.campaign_id, datetime.now(UTC), None
+    rows = [
+        (campaign_id, message_id, one.phone, one.segments, none, one.text, none, none, none)
+        for message_id, one in enumerate(rendered, first_id)
+    ] + [
+        (campaign_id, message_id, one.phone, 0, int(MessageState.SKIPPED), none, str(one.reason), one.detail, now)
+        for message_id, one in enumerate(skipped, first_id + len(rendered))
+    ]  # fmt: skip
+    for start in range(0, len(rows), _COPY_ROWS):
+        await connection.copy_records_to_table(
+            "message",
+            records=rows[start : start + _COPY_ROWS],
+            columns=["campaign_id", "id", "phone", "segments", "state", "text", "reason", "detail", "finished_at"],
+        )  # fmt: skip
+        await asyncio.sleep(0)
+    return first_id
+
+
+async def _add_batches(
+    connection: Connection, expansion: Expansion, rendered: Sequence[Rendered], first_id: int
+) -> None:
+    if not rendered:
+        return
+    size = expansion.batch_size
+    starts = range(0, len(rendered), size)
+    await connection.execute(
+        SQL["add_batches"],
+        expansion.campaign_id, expansion.lane_id, expansion.tenant_id, expansion.account_id, expansion.sender,
+        [first_id + start for start in starts],
+        [first_id + min(start + size, len(rendered)) - 1 for start in starts],
+        [sum(one.segments for one in rendered[start : start + size]) for start in starts],
+    )  # fmt: skip

@@ -1,0 +1,220 @@
+-- name: create
+-- A draft.
+insert into campaign (tenant_id, name, text, sender, message_type, link_url, list_ids, exclude_list_ids, filter_gender,
+                      filter_age_group)
+values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)
+returning *;
+
+-- name: get
+-- One campaign of a tenant.
+select * from campaign where id = $1 and tenant_id = $2;
+
+-- name: keep_tenant
+-- A tenant stays as it is until this transaction ends; many may want that at once.
+select from tenant where id = $1 for share;
+
+-- name: lock
+-- One campaign of a tenant, and nobody else decides about it until this transaction ends.
+select * from campaign where id = $1 and tenant_id = $2 for no key update;
+
+-- name: list_page
+-- Newest first, each with what its counters say of the messages that left.
+select c.*, k.pending, k.delivered, k.failed
+  from campaign c
+  cross join lateral (
+    select coalesce(sum(pending), 0)::bigint as pending, coalesce(sum(delivered), 0)::bigint as delivered,
+           coalesce(sum(refused + delivery_failed), 0)::bigint as failed
+      from campaign_counter where campaign_id = c.id) k
+ where c.tenant_id = $1 and ($2::text is null or strpos(lower(c.name), lower($2)) > 0)
+   and ($3::text is null or c.status = $3)
+ order by c.id desc limit $4 offset $5;
+
+-- name: list_total
+-- How many there are of what list_page shows.
+select count(*) from campaign c
+ where c.tenant_id = $1 and ($2::text is null or strpos(lower(c.name), lower($2)) > 0)
+   and ($3::text is null or c.status = $3);
+
+-- name: stats
+-- What list_page shows of one campaign's messages.
+select coalesce(sum(pending), 0)::bigint as pending, coalesce(sum(delivered), 0)::bigint as delivered,
+       coalesce(sum(refused + delivery_failed), 0)::bigint as failed
+  from campaign_counter where campaign_id = $1;
+
+-- name: update
+-- Changes what was not sent yet.
+update campaign
+   set name = $2, text = $3, sender = $4, message_type = $5, link_url = $6, list_ids = $7, exclude_list_ids = $8,
+       filter_gender = $9, filter_age_group = $10, updated_at = clock_timestamp()
+ where id = $1 and status in ('draft', 'scheduled')
+returning *;
+
+-- name: delete
+-- Removes what was not sent yet, with its recipients.
+with gone as (delete from campaign where id = $1 and status in ('draft', 'scheduled') returning id),
+recipients as (delete from recipient using gone where recipient.campaign_id = gone.id)
+select id from gone;
+
+-- name: highest_recipient
+-- The last recipient uploaded for a campaign; null where there is none.
+select max(id) from recipient where campaign_id = $1;
+
+-- name: begin
+-- Sends: status, lane and the expansion's snapshot at once. No row: somebody else did, or it ended.
+with begun as (
+  update campaign set status = 'sending', started_at = clock_timestamp(), updated_at = clock_timestamp()
+   where id = $1 and status in ('draft', 'scheduled') returning id, tenant_id),
+lane_ as (
+  insert into lane (account_id, tenant_id, class, campaign_id) select $2, tenant_id, 1, id from begun
+  returning id, campaign_id),
+expansion_ as (
+  insert into expansion (campaign_id, tenant_id, lane_id, source, sender, template, as_of, batch_size, highest_id, of,
+                         held)
+  select begun.id, begun.tenant_id, lane_.id, $3, $4, $5, $6, $7, $8, $9, $10
+    from begun join lane_ on lane_.campaign_id = begun.id
+  returning campaign_id)
+select pg_notify('smsd_expansion', campaign_id::text) from expansion_;
+
+-- name: pause
+-- Stops expansion and lane; what is being posted is recorded all the same. False: it was not sending.
+select pause_campaign($1, $2, null);
+
+-- name: keep_paused
+-- Paused by something else: from now on by this reason.
+update campaign set paused_reason = $2, paused_detail = null, updated_at = clock_timestamp()
+ where id = $1 and status = 'paused' and paused_reason is distinct from $2;
+
+-- name: resume
+-- Goes on where it stopped, whatever stopped it.
+select resume_campaign($1, null);
+
+-- name: cancel
+-- What has not left will not leave; its holds come back at once. False: it had ended, or never begun.
+select cancel_campaign($1);
+
+-- name: retry_failed
+-- Queues again what was certainly refused; how many. Null: the credits for it are short.
+select retried, required, held from retry_failed($1);
+
+-- name: finish
+-- Ends the campaigns that have nothing left to do.
+select finish_campaigns();
+
+-- name: progress
+-- The campaign, its parts and its expansion, in one snapshot.
+select c.*, t.queued, t.processing, t.pending, t.delivered, t.delivery_failed, t.refused, t.unknown, t.cancelled, t.skipped,
+       t.spent, e.state as expansion_state, coalesce(e.read, 0) as read, coalesce(e.of, 0) as of,
+       clock_timestamp() as now
+  from campaign c
+  join campaign_totals t on t.campaign_id = c.id
+  left join expansion e on e.campaign_id = c.id
+ where c.id = $1 and c.tenant_id = $2;
+
+-- name: limited_by
+-- Which limit a campaign's messages stand at: what was granted in the last second, against what may be.
+with used as (
+  select a.paused_reason, a.blocked_until, r.scope,
+         coalesce(r.cum[cardinality(r.cum)], r.base)
+         - coalesce(r.cum[nullif(width_bucket(clock_us() - 1035000, r.ts), 0)], r.base) as n,
+         case r.scope when 1 then a.requests_per_second when 2 then a.messages_per_second
+                      when 3 then t.requests_per_second when 4 then t.messages_per_second end as most
+    from expansion e
+    join lane l on l.id = e.lane_id
+    join traffic_account a on a.id = l.account_id
+    join tenant t on t.id = e.tenant_id
+    left join rate r on r.scope in (1, 2) and r.id = a.id or r.scope in (3, 4) and r.id = t.id
+   where e.campaign_id = $1)
+select case when bool_or(paused_reason is not null) then 'account_paused'
+            when bool_or(blocked_until > clock_timestamp()) then 'account_throttled'
+            when bool_or(scope in (3, 4) and n >= 0.9 * most) then 'tenant_limit'
+            when bool_or(scope in (1, 2) and n >= 0.9 * most) then 'account_limit' end
+  from used;
+
+-- name: messages
+-- A page of a campaign's messages by id.
+select * from message_shown where campaign_id = $1 and id > $2 order by id limit $3;
+
+-- name: messages_by_phone
+-- The message of a campaign to one number, if it is in the state $3.
+select * from message_shown
+ where campaign_id = $1 and phone = $2 and ($3::text is null or status = $3) and id > $4;
+
+-- name: counted
+-- How many messages of a campaign have a state of their own among these.
+select coalesce(sum(
+         case when 5 = any ($2::smallint[]) then unknown else 0 end + case when 10 = any ($2) then pending else 0 end
+         + case when 20 = any ($2) then delivery_failed else 0 end + case when 30 = any ($2) then delivered else 0 end
+         + case when 40 = any ($2) then refused else 0 end + case when 50 = any ($2) then skipped else 0 end), 0)
+  from campaign_counter where campaign_id = $1;
+
+-- name: messages_by_own_state
+-- A page of a campaign's messages that are in one of these states themselves.
+select * from message_shown where campaign_id = $1 and id > $2 and own_state = any ($3::smallint[])
+ order by id limit $4;
+
+-- name: messages_by_batch_state
+-- A page of those which a batch in one of these states speaks for.
+with page as (
+  select m.id
+    from batch b
+    cross join lateral (
+      select id from message
+       where campaign_id = b.campaign_id and id between greatest(b.first_id, $2 + 1) and b.last_id and state is null
+       order by id limit $4) m
+   where b.campaign_id = $1 and b.last_id > $2 and b.state = any ($3::smallint[])
+   order by b.first_id, m.id limit $4)
+select s.* from page join message_shown s on s.campaign_id = $1 and s.id = page.id order by s.id;
+
+-- name: message
+-- One message of a tenant by id alone: of the campaign that the batch before it belongs to, or, where all around it
+-- were skipped, of whichever has it.
+with place as (
+  select coalesce(
+    (select b.campaign_id from (select * from batch where first_id <= $2 order by first_id desc limit 1) b
+      where b.tenant_id = $1 and exists (select from message m where m.campaign_id = b.campaign_id and m.id = $2)),
+    (select c.id from campaign c where c.tenant_id = $1
+        and exists (select from message m where m.campaign_id = c.id and m.id = $2) limit 1)) as campaign_id)
+select s.* from place join message_shown s on s.campaign_id = place.campaign_id and s.id = $2;
+
+-- name: attempts
+-- What was tried with each message, the ranges it was in before a split included; no batch is longer than $3.
+select u.id as message_id, a.intent_at, a.outcome, a.status, a.detail
+  from unnest($2::bigint[]) as u(id)
+  join attempt a on a.campaign_id = $1 and a.first_id between u.id - $3 + 1 and u.id and a.last_id >= u.id
+ order by u.id, a.intent_at, a.batch_id, a.n;
+
+-- name: batches
+-- A page of a campaign's batches in the order of their messages.
+select b.*, (select count(*) from message m
+              where m.campaign_id = b.campaign_id and m.id between b.first_id and b.last_id) as size
+  from (select * from batch where campaign_id = $1 order by first_id limit $2 offset $3) b
+ order by b.first_id;
+
+-- name: batches_total
+-- How many batches a campaign has.
+select count(*) from batch where campaign_id = $1;
+
+-- name: refresh_page
+-- The next messages that wait for a final receipt, round and round; the cursor moves.
+with c as (select id, refresh_cursor from campaign where id = $1 for no key update),
+after as (
+  select m.id, m.provider_id from message m
+   where m.campaign_id = $1 and m.id > (select refresh_cursor from c) and m.state in (10, 11)
+   order by m.id limit $2),
+before as (
+  select m.id, m.provider_id from message m
+   where m.campaign_id = $1 and m.id <= (select refresh_cursor from c) and m.state in (10, 11)
+   order by m.id limit $2 - (select count(*) from after)),
+moved as (
+  update campaign set refresh_cursor = coalesce((select max(id) from before), (select max(id) from after), 0)
+   where id = $1)
+select id, provider_id from after union all select id, provider_id from before;
+
+-- name: by_account
+-- The accounts on which Mitto accepted messages.
+select account_id, array_agg(provider_id) as provider_ids from provider_message
+ where provider_id = any ($1::text[]) group by account_id;
+
+-- name: set_reference
+-- The caller's own word for a single message.
+update batch set reference = $2 where campaign_id = 0 and first_id = $1;
