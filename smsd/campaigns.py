@@ -263,6 +263,14 @@ async def update(db: Connection, campaign: Campaign, changes: Mapping[str, Any])
     return _campaign(row)
 
 
+async def unknown_lists(db: Connection, tenant_id: int, list_ids: Sequence[int]) -> list[int]:
+    """Those of the lists that the tenant does not have; the others cannot be deleted before this transaction ends."""
+    if not list_ids:
+        return []
+    kept = {row["id"] for row in await db.fetch(SQL["keep_lists"], tenant_id, list_ids)}
+    return [one for one in list_ids if one not in kept]
+
+
 async def delete(db: Connection, campaign: Campaign) -> None:
     """Removes a locked campaign that was not sent yet, with its recipients. Raises WrongStatus: the account of what
     was sent must stay."""

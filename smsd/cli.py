@@ -108,7 +108,9 @@ def simulator_(
 @app.command("demo")
 def demo_(
     csv: Annotated[Path | None, typer.Option(help="contacts to send to; else a sample")] = None,
-    messages: Annotated[int | None, typer.Option(help="so many made-up contacts instead", min=1)] = None,
+    messages: Annotated[
+        int | None, typer.Option(help="so many made-up contacts instead", min=1)
+    ] = None,
     keep: Annotated[bool, typer.Option("--keep", help="go on running afterwards")] = False,
 ) -> None:
     """A whole campaign on this machine: Postgres, a Mitto simulator, the daemon, and its account."""

@@ -6,10 +6,8 @@ contact that is deleted or imported again does not forget it. Sizes of lists are
 In a transaction: opt-outs before contacts before lists, so that two of them never wait for each other.
 """
 
-import asyncio
 import re
-from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date, datetime
 from typing import Any, NamedTuple
@@ -18,8 +16,8 @@ import asyncpg
 import orjson
 import phonenumbers
 
-from smsd import csvfile, database, text
-from smsd.csvfile import CellError, HeaderError, Recipient
+from smsd import database, text
+from smsd.csvfile import Recipient
 from smsd.database import Connection, Executor, Record
 
 SQL = database.queries("contacts")
@@ -36,10 +34,7 @@ AGES: Mapping[str, tuple[int, int | None]] = {
 }
 """Age groups: youngest and oldest, both included."""
 EXACT_UP_TO = 100_000
-RECIPIENT_BLOCK = 2_000
-"""Recipients that `parse_recipients` hands over at once, at most."""
 
-_ROWS_BETWEEN_YIELDS = 250
 _LONGEST_PHONE = 15
 _PHONE = re.compile(r"(\+|00|)([0-9]+)")
 _SEPARATORS = re.compile(r"[\s./()-]+")
@@ -428,158 +423,3 @@ async def recipient_page(db: Executor, campaign_id: int, after_id: int, limit: i
     """The next uploaded recipients by id: id, phone (None where unreadable), raw, attributes, opted_out; fewer than
     `limit` are the last."""
     return await db.fetch(SQL["recipient_page"], campaign_id, after_id, limit)
-
-
-class BadLine(Exception):  # noqa: N818 - a fact, not a fault
-    """A line of an upload that cannot be taken; the message says what is taken."""
-
-    def __init__(self, line: int, value: str, message: str) -> None:
-        super().__init__(f"line {line}: {message}")
-        self.line, self.value = line, value[: csvfile.NAME_CHARACTERS]
-
-
-class _CsvRecipients:
-    def __init__(self, charset: str, country: str) -> None:
-        self._charset, self._country = charset, country
-        self._head = b""
-        self._ended = False
-        self._reader: csvfile.Reader | None = None
-
-    def feed(self, data: bytes) -> None:
-        if self._reader:
-            self._reader.feed(data)
-            return
-        self._head += data
-        if self._ended or len(self._head) > csvfile.RECORD_BYTES:
-            try:
-                header, self._reader = csvfile.read_header(self._head, self._charset, self._ended)
-                self._columns = csvfile.Columns(header.names)
-            except HeaderError as error:
-                raise BadLine(1, error.value, str(error)) from None
-
-    def end(self) -> None:
-        self._ended = True
-        if self._reader:
-            self._reader.end()
-        else:
-            self.feed(b"")
-
-    def read(self, most: int) -> list[Recipient]:
-        recipients = []
-        for record in self._reader.read(most) if self._reader else ():
-            if record.problem:
-                raise BadLine(record.line, record.cells[0], record.problem)
-            try:
-                recipients.append(self._columns.recipient(record.cells, self._country))
-            except CellError as error:
-                raise BadLine(record.line, error.value, str(error)) from None
-        return recipients
-
-
-class _JsonRecipients:
-    def __init__(self, charset: str, country: str) -> None:
-        self._country = country
-        self._lines: deque[bytes] = deque()
-        self._tail = b""
-        self._line = 0
-
-    def feed(self, data: bytes) -> None:
-        *lines, self._tail = (self._tail + data).split(b"\n")
-        self._lines.extend(lines)
-        if len(self._tail) > csvfile.RECORD_BYTES:
-            line = self._line + len(self._lines) + 1
-            message = f"has more than {csvfile.RECORD_BYTES} bytes; takes one JSON object a line"
-            raise BadLine(line, self._tail[:1000].decode(errors="replace"), message)
-
-    def end(self) -> None:
-        self._lines.append(self._tail)
-        self._tail = b""
-
-    def read(self, most: int) -> list[Recipient]:
-        recipients: list[Recipient] = []
-        while self._lines and len(recipients) < most:
-            self._line += 1
-            if line := self._lines.popleft().strip():
-                recipients.append(self._recipient(line))
-        return recipients
-
-    def _recipient(self, line: bytes) -> Recipient:
-        try:
-            given = orjson.loads(line)
-            if not isinstance(given, dict):
-                raise ValueError(f"it is a JSON {type(given).__name__}")
-        except ValueError as error:
-            shown = line[:1000].decode(errors="replace")
-            raise BadLine(self._line, shown, f"takes one JSON object a line: {error}") from None
-        if len(given) > csvfile.COLUMNS:
-            raise BadLine(self._line, "", f"has {len(given)} fields; takes {csvfile.COLUMNS}")
-        phone = None
-        values = {}
-        for name, value in given.items():
-            spelled = self._text(name, value)
-            if csvfile.is_phone(name):
-                phone = spelled or ""
-            elif spelled:
-                values[name] = spelled
-        if phone is None:
-            raise BadLine(self._line, ", ".join(given), "has no phone; takes {phone, …values}")
-        return csvfile.recipient(phone, values, self._country)
-
-    def _text(self, name: str, value: object) -> str | None:
-        if value is None:
-            return None
-        if isinstance(value, bool):
-            return str(value).lower()
-        if not isinstance(value, str | int | float):
-            takes = "takes a text, a number, true, false or null"
-            raise BadLine(self._line, str(value), f"{name[:100]}: {takes}")
-        spelled = str(value)
-        try:
-            text.check_text(name)
-            text.check_text(spelled)
-        except text.TextError as error:
-            raise BadLine(self._line, name, f"{name!a}: {error}") from None
-        if len(name) > csvfile.NAME_CHARACTERS or len(spelled) > csvfile.CELL_CHARACTERS:
-            most = f"{csvfile.NAME_CHARACTERS} characters for a name, {csvfile.CELL_CHARACTERS} for a value"
-            raise BadLine(self._line, spelled, f"{name[:100]}: takes at most {most}")
-        return spelled.strip()
-
-
-RECIPIENT_FORMATS: Mapping[str, type[_CsvRecipients | _JsonRecipients]] = {
-    "text/csv": _CsvRecipients,
-    "application/csv": _CsvRecipients,
-    "application/x-ndjson": _JsonRecipients,
-    "application/ndjson": _JsonRecipients,
-    "application/jsonl": _JsonRecipients,
-    "application/json": _JsonRecipients,
-}
-"""Content types of uploaded recipients that `parse_recipients` reads."""
-
-
-async def parse_recipients(
-    chunks: AsyncIterable[bytes], content_type: str, charset: str, country: str
-) -> AsyncIterator[list[Recipient]]:
-    """Blocks of recipients as their bytes arrive, in constant memory and without holding up the event loop.
-    content_type: one of RECIPIENT_FORMATS. A number that cannot be read is kept as it is; anything else that cannot
-    be taken raises BadLine."""
-    reader = RECIPIENT_FORMATS[content_type](charset, country)
-    block: list[Recipient] = []
-    async for chunk in _and_end(chunks):
-        if chunk is None:
-            reader.end()
-        else:
-            reader.feed(chunk)
-        while slice_ := reader.read(_ROWS_BETWEEN_YIELDS):
-            block += slice_
-            if len(block) >= RECIPIENT_BLOCK:
-                yield block
-                block = []
-            await asyncio.sleep(0)
-    if block:
-        yield block
-
-
-async def _and_end(chunks: AsyncIterable[bytes]) -> AsyncIterator[bytes | None]:
-    async for chunk in chunks:
-        yield chunk
-    yield None

@@ -11,7 +11,7 @@ import contextlib
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any
 
 import structlog
@@ -34,10 +34,15 @@ UNWIND_SECONDS = 3.0
 """What is kept of the shutdown budget for closing HTTP, loops and connections."""
 
 
-async def serve(settings: Settings, on_ready: Callable[[str], Awaitable[None]] | None = None) -> None:
-    """Runs until SIGTERM or SIGINT. `on_ready` gets the base URL once campaigns can be sent. Raises SchemaError
-    when the schema does not suit, EmbeddedError when there is no Postgres to be started."""
-    stop = asyncio.Event()
+async def serve(
+    settings: Settings,
+    *,
+    on_ready: Callable[[str], None] = lambda _url: None,
+    stop: asyncio.Event | None = None,
+) -> None:
+    """Runs until SIGTERM or SIGINT, or until `stop` is set. `on_ready` gets the base URL once campaigns can be sent.
+    Raises SchemaError when the schema does not suit, EmbeddedError when there is no Postgres to be started."""
+    stop = stop or asyncio.Event()
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(_signals(stop))
         (await stack.enter_async_context(_Loops(stop))).start("tick", _tick())
@@ -94,8 +99,7 @@ async def serve(settings: Settings, on_ready: Callable[[str], Awaitable[None]] |
         }.items():
             loops.start(name, loop)
         log.info("daemon.started", url=url, replica=standing.replica_id)
-        if on_ready is not None:
-            await on_ready(url)
+        on_ready(url)
         await stop.wait()
 
         telemetry.notify_systemd("STOPPING=1")
@@ -104,7 +108,9 @@ async def serve(settings: Settings, on_ready: Callable[[str], Awaitable[None]] |
             async with asyncio.timeout(settings.shutdown_seconds - UNWIND_SECONDS):
                 await sender.stop()
         except TimeoutError:
-            log.error("daemon.stopped_late", detail="requests in flight did not end: they are unknown")
+            log.error(
+                "daemon.stopped_late", detail="requests in flight did not end: they are unknown"
+            )
     log.info("daemon.stopped")
 
 
@@ -117,9 +123,7 @@ async def postgres(settings: Settings) -> AsyncIterator[str]:
     if settings.database_url is not None:
         yield settings.database_url.get_secret_value()
         return
-    server = embedded.Postgres(
-        settings.data_dir.expanduser(), postgres_bin=settings.postgres_bin
-    )
+    server = embedded.Postgres(settings.data_dir.expanduser(), postgres_bin=settings.postgres_bin)
     async with server:
         log.info("postgres.started", data_dir=str(settings.data_dir))
         yield server.dsn
@@ -234,7 +238,7 @@ async def _close(pool: Pool) -> None:
 
 
 @contextlib.contextmanager
-def _signals(stop: asyncio.Event) -> Any:
+def _signals(stop: asyncio.Event) -> Iterator[None]:
     """First SIGTERM or SIGINT: stop in order. Second: exit now."""
     loop = asyncio.get_running_loop()
 

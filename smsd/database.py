@@ -170,7 +170,10 @@ async def listen(
                         channel, lambda _c, _pid, _ch, payload, hear=hear: hear(str(payload))
                     )
                 on_lost()
-                await lost.wait()
+                try:
+                    await lost.wait()
+                finally:
+                    await connection.reset()  # it goes back to the pool and must not hear on
         except AWAY as error:
             log.warning("listen.failed", error=repr(error))
         await asyncio.sleep(0.5)

@@ -24,9 +24,9 @@ class Housekeeping:
     def __init__(self, pool: Pool, standing: queue.Standing) -> None:
         self._pool, self._standing = pool, standing
         self._news = asyncio.Event()
-        self._watched: dict[
-            int, tuple[int, float]
-        ] = {}  # replica → its beat, and since when we see it
+        # replica → its beat, and since when we see it
+        self._watched: dict[int, tuple[int, float]] = {}
+        self._looked_at = 0.0
 
     def wake(self) -> None:
         """News: a batch was settled, so that a campaign may be finished."""
@@ -109,9 +109,9 @@ class Housekeeping:
             elif (
                 replica_id != self._standing.replica_id
                 and now - since > self._standing.lease_seconds
+                and await queue.bury(self._pool, replica_id, beat)
             ):
-                if await queue.bury(self._pool, replica_id, beat):
-                    log.warning("replica.buried", replica=replica_id)
+                log.warning("replica.buried", replica=replica_id)
         for replica_id in self._watched.keys() - beats.keys():
             del self._watched[replica_id]
 

@@ -3,17 +3,19 @@
 import asyncio
 import random
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
+from itertools import chain
 from typing import Any
 
 import pytest
 
 from smsd import campaigns, credits, database, expansions, queue, tenants
-from smsd.campaigns import Campaign, CampaignStatus, Snapshot
+from smsd.campaigns import Campaign, Snapshot
 from smsd.expansions import Chunk, Expansion, Rendered, Skipped
 from smsd.mitto import ItemResult
-from smsd.model import MessageState, Reason
+from smsd.model import CampaignStatus, MessageState, Reason
 from smsd.queue import Grant, Intent, ReceiptRow
 
 PHONE = 306_900_000_000
@@ -28,7 +30,6 @@ class Shop:
     account_id: int
     replica_id: int
     phones: int = PHONE
-    posted: list[tuple[Grant, Intent]] = field(default_factory=list)
     provider_ids: int = 0
 
     async def draft(self, **content: Any) -> Campaign:
@@ -47,7 +48,9 @@ class Shop:
             assert await credits.hold(connection, self.id, snapshot.held, campaign.id, "enqueue")
         return campaign.id
 
-    async def expand(self, read: int, skipped: int = 0, last: bool = True, segments: int = 1) -> int:
+    async def expand(
+        self, read: int, skipped: int = 0, last: bool = True, segments: int = 1
+    ) -> int:
         """One chunk of the expansion whose turn it is; 0 where nothing runs."""
         expansion = await expansions.claim(self.pool, self.replica_id)
         if expansion is None:
@@ -56,7 +59,12 @@ class Shop:
         return expansion.campaign_id
 
     async def write(
-        self, expansion: Expansion, read: int, skipped: int = 0, last: bool = True, segments: int = 1
+        self,
+        expansion: Expansion,
+        read: int,
+        skipped: int = 0,
+        last: bool = True,
+        segments: int = 1,
     ) -> None:
         first = self.phones
         self.phones += read
@@ -108,7 +116,9 @@ class Shop:
                 await self.answer(grant, intent, *states)
 
     async def act(
-        self, campaign_id: int, action: Callable[[database.Connection, Campaign], Coroutine[Any, Any, Any]]
+        self,
+        campaign_id: int,
+        action: Callable[[database.Connection, Campaign], Coroutine[Any, Any, Any]],
     ) -> Any:
         """An action on the locked campaign, in a transaction of its own."""
         async with self.pool.acquire() as connection, connection.transaction():
@@ -150,25 +160,29 @@ async def shop(pool: database.Pool) -> Shop:
 ACCEPTED, REFUSED, UNKNOWN = MessageState.ACCEPTED, MessageState.REFUSED, MessageState.UNKNOWN
 
 
+async def counts(db: database.Connection, sql: str, *args: object) -> dict[str, int]:
+    return {row[0]: row[1] for row in await db.fetch(sql, *args)}
+
+
 async def check_the_account(shop: Shop, campaign_id: int) -> campaigns.Progress:
     """Totals against a count over the messages as they are shown; money against what is open and what was accepted;
     in one snapshot, since others may be at work."""
     async with shop.pool.acquire() as db, db.transaction(isolation="repeatable_read"):
         progress = await campaigns.totals(db, shop.id, campaign_id)
         assert progress is not None
-        shown = dict(
-            await db.fetch(
-                "select coalesce(case when own_state in (20, 40) then own_state::text end, status), count(*)::int "
-                "from message_shown where campaign_id = $1 group by 1", campaign_id,
-            )
-        )  # fmt: skip
+        shown = await counts(
+            db,
+            "select coalesce(case when own_state in (20, 40) then own_state::text end, status), count(*)::int "
+            "from message_shown where campaign_id = $1 group by 1",
+            campaign_id,
+        )
         money = await db.fetchrow(
             "select granted, spent, reserved from credit where tenant_id = $1", shop.id
         )
-        entries = dict(
-            await db.fetch(
-                "select kind, sum(amount)::bigint from ledger where tenant_id = $1 group by kind", shop.id
-            )
+        entries = await counts(
+            db,
+            "select kind, sum(amount)::bigint from ledger where tenant_id = $1 group by kind",
+            shop.id,
         )
         held = await db.fetchval(
             "select coalesce((select sum(held) from expansion), 0)"
@@ -243,7 +257,13 @@ class Chance:
             action = self.dice.choice(("again", "back", "refused", "unknown"))
             refusal = self.dice.choice(("a", "b")) if action == "refused" else None
             await queue.settle_batch(
-                self.shop.pool, grant.batch_id, intent.attempt, action, action, most=3, refusal=refusal
+                self.shop.pool,
+                grant.batch_id,
+                intent.attempt,
+                action,
+                action,
+                most=3,
+                refusal=refusal,
             )
 
     async def withdraw(self) -> None:
@@ -271,12 +291,11 @@ class Chance:
 
     async def decide(self) -> None:
         action = self.dice.choices(
-            (campaigns.pause, campaigns.resume, campaigns.retry_failed, campaigns.cancel), (6, 12, 6, 0.2)
+            (campaigns.pause, campaigns.resume, campaigns.retry_failed, campaigns.cancel),
+            (6, 12, 6, 0.2),
         )[0]
-        try:
+        with suppress(campaigns.WrongStatus):
             await self.shop.act(self.campaign_id, action)
-        except campaigns.WrongStatus:
-            pass
 
     async def finish(self) -> None:
         await campaigns.finish(self.shop.pool)
@@ -357,3 +376,664 @@ async def drain(chance: Chance) -> None:
 async def _resume_if_paused(db: database.Connection, campaign: Campaign) -> None:
     if campaign.status == CampaignStatus.PAUSED:
         await campaigns.resume(db, campaign)
+
+
+# ----------------------------------------------------------------------------------------- batch sizes
+
+
+@pytest.mark.parametrize(
+    ("count", "largest", "tenants", "limits", "size"),
+    [
+        (1, 500, None, (), 100),
+        (2_000, 500, None, (), 100),
+        (2_001, 500, None, (), 101),
+        (6_000, 500, None, (), 300),
+        (10_000, 500, None, (), 500),
+        (1_000_000, 500, None, (), 500),
+        (1_000_000, 200, None, (), 200),
+        (1_000_000, 500, 50, (), 50),
+        (100, 500, 1, (), 1),
+        (1_000_000, 500, None, (None, None), 500),
+        (1_000_000, 500, None, (1_000, None), 500),
+        (8_000, 500, None, (500, None), 250),
+        (1_000_000, 500, None, (499, None), 499),
+        (1_000_000, 500, None, (30, None), 30),
+        (1_000_000, 500, None, (1, None), 1),
+        (1_000_000, 500, None, (1_000, 700), 350),
+        (1_000_000, 500, 7, (10,), 5),
+    ],
+)
+def test_a_batch_is_a_twentieth_within_every_bound(
+    count: int, largest: int, tenants: int | None, limits: tuple[int | None, ...], size: int
+) -> None:
+    assert campaigns.batch_size(count, largest, tenants, limits) == size
+
+
+# ------------------------------------------------------------------------------------------- beginning
+
+
+async def test_of_two_who_begin_at_once_exactly_one_does(shop: Shop) -> None:
+    campaign = await shop.draft()
+    snapshot = Snapshot("contacts", "Shop", "Hi", date(2026, 1, 1), 100, 9, 5, 5)
+
+    async def begin() -> str:
+        try:
+            await shop.act(
+                campaign.id,
+                lambda db, locked: campaigns.begin(db, locked, shop.account_id, snapshot),
+            )
+        except campaigns.WrongStatus as error:
+            return error.status
+        return "begun"
+
+    assert sorted(await asyncio.gather(begin(), begin(), begin())) == [
+        "begun",
+        "sending",
+        "sending",
+    ]
+    assert await shop.pool.fetchval("select count(*) from expansion") == 1
+    assert await shop.pool.fetchval("select count(*) from lane where campaign_id <> 0") == 1
+
+
+async def test_a_begin_is_told_to_the_expanders_when_it_commits(shop: Shop, dsn: str) -> None:
+    heard: asyncio.Queue[str] = asyncio.Queue()
+    listener = await database.connect(dsn)
+    await listener.add_listener(
+        "smsd_expansion", lambda _c, _pid, _channel, payload: heard.put_nowait(str(payload))
+    )
+    campaign_id = await shop.begin(3)
+    assert int(await asyncio.wait_for(heard.get(), 5)) == campaign_id
+    await listener.close()
+
+
+async def test_what_was_not_sent_can_be_changed_and_deleted_with_its_recipients(shop: Shop) -> None:
+    campaign = await shop.draft(sender="A", list_ids=[1, 2])
+    await shop.pool.execute(
+        "insert into recipient (campaign_id, phone) values ($1, 1)", campaign.id
+    )
+    changed = await shop.act(
+        campaign.id,
+        lambda db, locked: campaigns.update(db, locked, {"text": None, "list_ids": [3]}),
+    )
+    assert (changed.text, changed.list_ids, changed.sender) == (None, [3], "A")
+    await shop.act(campaign.id, campaigns.delete)
+    assert await campaigns.get(shop.pool, shop.id, campaign.id) is None
+    assert await shop.pool.fetchval("select count(*) from recipient") == 0
+
+
+@pytest.mark.parametrize("status", ["sending", "paused", "completed", "failed", "cancelled"])
+async def test_what_was_sent_can_be_neither_changed_nor_deleted(shop: Shop, status: str) -> None:
+    campaign = await shop.draft()
+    await shop.pool.execute("update campaign set status = $1", status)
+    for act in (lambda db, locked: campaigns.update(db, locked, {"name": "x"}), campaigns.delete):
+        with pytest.raises(campaigns.WrongStatus) as refused:
+            await shop.act(campaign.id, act)
+        assert refused.value.status == status
+    assert (await shop.progress(campaign.id)).campaign.name == "Sale"
+
+
+# --------------------------------------------------------------------------------------------- the end
+
+
+@pytest.mark.parametrize(
+    ("states", "skipped", "ends"),
+    [
+        ((ACCEPTED,), 0, "completed"),
+        ((REFUSED,), 0, "failed"),
+        ((REFUSED,), 2, "failed"),
+        ((ACCEPTED, REFUSED), 0, "completed"),
+        ((UNKNOWN, REFUSED), 0, "completed"),
+        ((), 4, "completed"),
+    ],
+    ids=["accepted", "refused", "refused or skipped", "one accepted", "one unknown", "all skipped"],
+)
+async def test_a_campaign_fails_only_if_nothing_may_have_arrived_and_something_was_refused(
+    shop: Shop, states: tuple[MessageState, ...], skipped: int, ends: str
+) -> None:
+    campaign_id = await shop.begin(4)
+    await shop.expand(4, skipped)
+    await shop.send_all(*states)
+    assert await campaigns.finish(shop.pool) == [campaign_id]
+    progress = await check_the_account(shop, campaign_id)
+    assert progress.campaign.status == ends
+    assert progress.campaign.finished_at is not None
+    assert await campaigns.finish(shop.pool) == []
+
+
+async def test_a_campaign_goes_on_while_anything_is_left_to_read_or_send(shop: Shop) -> None:
+    campaign_id = await shop.begin(20)
+    assert await campaigns.finish(shop.pool) == []
+    await shop.expand(10, last=False)
+    await shop.send_all(ACCEPTED)
+    assert await campaigns.finish(shop.pool) == []
+    await shop.expand(10)
+    posted = await shop.post(8)
+    assert await campaigns.finish(shop.pool) == []
+    await shop.answer(*posted[0], ACCEPTED)
+    grant, intent = posted[1]
+    await queue.settle_batch(shop.pool, grant.batch_id, intent.attempt, "again", "retry", most=3)
+    assert await campaigns.finish(shop.pool) == []
+    await shop.send_all(ACCEPTED)
+    assert await campaigns.finish(shop.pool) == [campaign_id]
+
+
+async def test_an_unknown_batch_keeps_no_campaign_open(shop: Shop) -> None:
+    campaign_id = await shop.sending(5)
+    ((grant, intent),) = await shop.post()
+    await queue.settle_batch(shop.pool, grant.batch_id, intent.attempt, "unknown", "unknown")
+    assert await campaigns.finish(shop.pool) == [campaign_id]
+    progress = await check_the_account(shop, campaign_id)
+    assert progress.campaign.status == "completed"
+    assert progress.totals.unknown == 5
+
+
+async def test_a_finish_that_meets_a_retry_leaves_the_campaign_sending(shop: Shop) -> None:
+    campaign_id = await shop.sending(5)
+    await shop.send_all(REFUSED)
+    async with shop.pool.acquire() as db, db.transaction():
+        locked = await campaigns.lock(db, shop.id, campaign_id)
+        assert locked is not None
+        await campaigns.retry_failed(db, locked)
+        assert await campaigns.finish(shop.pool) == []
+    assert await campaigns.finish(shop.pool) == []
+    assert await shop.status(campaign_id) == "sending"
+
+
+# ------------------------------------------------------------------------------- pause, resume, cancel
+
+
+async def test_a_paused_campaign_reads_and_posts_nothing_until_it_is_resumed(shop: Shop) -> None:
+    campaign_id = await shop.begin(20)
+    await shop.expand(10, last=False)
+    (leased,) = await shop.claim()
+    await shop.act(campaign_id, campaigns.pause)
+    assert await shop.claim() == []
+    assert (await queue.intent(shop.pool, leased, shop.replica_id)).verdict == "paused"
+    assert await shop.expand(10) == 0
+    progress = await check_the_account(shop, campaign_id)
+    assert (progress.campaign.status, progress.campaign.paused_reason) == (
+        "paused",
+        "PAUSED_BY_USER",
+    )
+    await shop.act(campaign_id, campaigns.resume)
+    await shop.expand(10)
+    await shop.send_all(ACCEPTED)
+    assert await campaigns.finish(shop.pool) == [campaign_id]
+    assert (await check_the_account(shop, campaign_id)).totals.pending == 20
+
+
+async def test_a_chunk_that_was_read_before_a_pause_is_not_written_after_it(shop: Shop) -> None:
+    campaign_id = await shop.begin(5)
+    expansion = await expansions.claim(shop.pool, shop.replica_id)
+    assert expansion is not None
+    await shop.act(campaign_id, campaigns.pause)
+    await shop.write(expansion, 5)
+    assert (await check_the_account(shop, campaign_id)).totals.total == 0
+    await shop.act(campaign_id, campaigns.resume)
+    await shop.expand(5)
+    assert (await check_the_account(shop, campaign_id)).totals.queued == 5
+
+
+async def test_a_person_s_pause_stands_over_one_that_would_end_by_itself(shop: Shop) -> None:
+    campaign_id = await shop.begin(5)
+    await shop.pool.execute("select pause_campaign($1, 'INSUFFICIENT_CREDITS', 'x')", campaign_id)
+    await shop.act(campaign_id, campaigns.pause)
+    async with shop.pool.acquire() as db:
+        await credits.grant(db, shop.id, 5, "top-up")
+    campaign = (await shop.progress(campaign_id)).campaign
+    assert (campaign.status, campaign.paused_reason, campaign.paused_detail) == (
+        "paused", "PAUSED_BY_USER", None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("action", "taken"),
+    [
+        (campaigns.pause, {"sending": "paused", "paused": "paused"}),
+        (campaigns.resume, {"sending": "sending", "paused": "sending"}),
+        (
+            campaigns.cancel,
+            {"scheduled": "cancelled", "sending": "cancelled", "paused": "cancelled", "cancelled": "cancelled"},
+        ),
+        (
+            campaigns.retry_failed,
+            {"sending": "sending", "paused": "paused", "completed": "completed", "failed": "failed"},
+        ),
+    ],
+    ids=["pause", "resume", "cancel", "retry"],
+)  # fmt: skip
+async def test_each_action_is_taken_in_some_statuses_and_refused_in_all_others(
+    shop: Shop, action: Callable[..., Coroutine[Any, Any, Any]], taken: dict[str, str]
+) -> None:
+    campaign = await shop.draft()
+    for status in CampaignStatus:
+        await shop.pool.execute("update campaign set status = $1", status)
+        if status in taken:
+            await shop.act(campaign.id, action)
+            assert await shop.status(campaign.id) == taken[status]
+        else:
+            with pytest.raises(campaigns.WrongStatus) as refused:
+                await shop.act(campaign.id, action)
+            assert refused.value.status == status
+            assert await shop.status(campaign.id) == status
+
+
+async def test_a_cancel_takes_back_all_that_has_not_left_and_records_what_has(shop: Shop) -> None:
+    campaign_id = await shop.begin(100, held=130)
+    await shop.expand(40, last=False, segments=2)
+    sent, sending, waits = await shop.post(3)
+    await shop.answer(*sent, ACCEPTED)
+    await queue.settle_batch(
+        shop.pool, waits[0].batch_id, waits[1].attempt, "again", "retry", most=3, delay_seconds=60
+    )
+    (leased,) = await shop.claim()
+    await shop.act(campaign_id, campaigns.cancel)
+    assert (await queue.intent(shop.pool, leased, shop.replica_id)).verdict == "cancelled"
+    assert await shop.claim() == []
+    assert await shop.expand(10) == 0
+    await shop.answer(*sending, ACCEPTED, REFUSED)
+    progress = await check_the_account(shop, campaign_id)
+    assert progress.campaign.status == "cancelled"
+    sums = progress.totals
+    assert (sums.pending, sums.refused, sums.cancelled, sums.total) == (6, 4, 30, 40)
+    assert (progress.expanded, progress.shown_total, sums.processed) == (True, 40, 40)
+    assert (await credits.balance(shop.pool, shop.id)) == (10_000 - 12, 0)
+    released = await shop.pool.fetch("select amount from ledger where reason = 'cancelled'")
+    assert sorted(row["amount"] for row in released) == [10, 78 + 50]
+    assert await campaigns.finish(shop.pool) == []
+
+
+async def test_a_batch_given_back_or_cut_while_its_campaign_is_cancelled_is_cancelled_too(
+    shop: Shop,
+) -> None:
+    campaign_id = await shop.sending(10)
+    (leased,) = await shop.claim()
+    async with shop.pool.acquire() as other, other.transaction():
+        assert await queue.withdraw(other, leased, "late")
+        await other.execute("select cut_batch($1, 2)", leased.batch_id)
+        cancelling = asyncio.create_task(shop.act(campaign_id, campaigns.cancel))
+        await until_somebody_waits(shop.pool)
+    await cancelling
+    progress = await check_the_account(shop, campaign_id)
+    assert progress.totals.cancelled == 10
+    assert await shop.pool.fetchval("select count(*) from batch where state < 10") == 0
+
+
+async def until_somebody_waits(pool: database.Pool) -> None:
+    """Returns once a session of this database waits for a lock."""
+    async with asyncio.timeout(5):
+        while not await pool.fetchval(
+            "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
+        ):
+            await asyncio.sleep(0.01)
+
+
+# ------------------------------------------------------------------------------------------ retry failed
+
+
+async def test_retry_sends_what_was_refused_once_more_and_nothing_else(shop: Shop) -> None:
+    campaign_id = await shop.sending(10)
+    await shop.send_all(ACCEPTED, REFUSED, UNKNOWN, ACCEPTED)
+    await campaigns.finish(shop.pool)
+    before = await credits.balance(shop.pool, shop.id)
+    retry = await shop.act(campaign_id, campaigns.retry_failed)
+    assert retry == (2, 2, True)
+    progress = await check_the_account(shop, campaign_id)
+    assert (progress.campaign.status, progress.campaign.finished_at) == ("sending", None)
+    assert (await credits.balance(shop.pool, shop.id)).reserved == before.reserved + 2
+    posted = await shop.post(8)
+    assert sorted(len(intent.ids) for _, intent in posted) == [1, 1]
+    for one in posted:
+        await shop.answer(*one, ACCEPTED)
+    assert await campaigns.finish(shop.pool) == [campaign_id]
+    sums = (await check_the_account(shop, campaign_id)).totals
+    assert (sums.pending, sums.refused, sums.unknown) == (8, 0, 2)
+
+
+async def test_retry_takes_whole_batches_that_ran_out_of_attempts(shop: Shop) -> None:
+    campaign_id = await shop.sending(10)
+    for grant, intent in await shop.post(2):
+        assert await queue.settle_batch(
+            shop.pool, grant.batch_id, intent.attempt, "again", "retry", most=1
+        ) == "failed"  # fmt: skip
+    await campaigns.finish(shop.pool)
+    assert await shop.status(campaign_id) == "failed"
+    assert await shop.act(campaign_id, campaigns.retry_failed) == (10, 10, True)
+    await shop.send_all(ACCEPTED)
+    await campaigns.finish(shop.pool)
+    progress = await check_the_account(shop, campaign_id)
+    assert (progress.campaign.status, progress.totals.pending) == ("completed", 10)
+
+
+async def test_a_retry_with_nothing_to_retry_changes_nothing(shop: Shop) -> None:
+    campaign_id = await shop.begin(5)
+    await shop.expand(5, skipped=5)
+    await campaigns.finish(shop.pool)
+    assert await shop.act(campaign_id, campaigns.retry_failed) == (0, 0, True)
+    assert await shop.status(campaign_id) == "completed"
+
+
+async def test_a_retry_beyond_the_credits_says_so_and_leaves_no_trace_once_rolled_back(
+    pool: database.Pool,
+) -> None:
+    shop = await new_shop(pool, granted=5)
+    campaign_id = await shop.sending(5)
+    await shop.send_all(REFUSED)
+    other = await shop.begin(3)
+    before = await check_the_account(shop, campaign_id)
+    with pytest.raises(ZeroDivisionError):
+        await shop.act(campaign_id, _retry_and_fail)
+    after = await check_the_account(shop, campaign_id)
+    assert (after.campaign, after.totals) == (before.campaign, before.totals)
+    await shop.act(other, campaigns.cancel)
+    assert await shop.act(campaign_id, campaigns.retry_failed) == (5, 5, True)
+
+
+async def _retry_and_fail(db: database.Connection, campaign: Campaign) -> None:
+    assert await campaigns.retry_failed(db, campaign) == (5, 5, False)
+    raise ZeroDivisionError
+
+
+async def test_a_paused_campaign_stays_paused_when_its_failures_are_queued_again(
+    shop: Shop,
+) -> None:
+    campaign_id = await shop.sending(10)
+    ((grant, intent),) = await shop.post()
+    await shop.answer(grant, intent, REFUSED)
+    await shop.act(campaign_id, campaigns.pause)
+    assert await shop.act(campaign_id, campaigns.retry_failed) == (5, 5, True)
+    assert await shop.claim() == []
+    await shop.act(campaign_id, campaigns.resume)
+    await shop.send_all(ACCEPTED)
+    assert (await check_the_account(shop, campaign_id)).totals.pending == 10
+
+
+async def test_late_evidence_of_an_attempt_before_the_retry_changes_nothing(shop: Shop) -> None:
+    campaign_id = await shop.sending(5)
+    ((grant, intent),) = await shop.post()
+    await shop.answer(grant, intent, REFUSED)
+    await shop.act(campaign_id, campaigns.retry_failed)
+    await shop.answer(grant, intent, ACCEPTED)
+    assert (await check_the_account(shop, campaign_id)).totals.queued == 5
+
+
+# -------------------------------------------------------------------------------------------- progress
+
+
+async def test_the_bar_ends_at_what_was_counted_until_all_is_read(shop: Shop) -> None:
+    campaign_id = await shop.begin(30)
+    progress = await shop.progress(campaign_id)
+    assert (progress.expanded, progress.read, progress.of, progress.shown_total) == (
+        False,
+        0,
+        30,
+        30,
+    )
+    assert progress.rate_per_second is None
+    await shop.expand(10, last=False)
+    await shop.send_all(ACCEPTED)
+    progress = await shop.progress(campaign_id)
+    assert (progress.read, progress.totals.total, progress.shown_total) == (10, 10, 30)
+    seconds = (progress.now - (progress.campaign.started_at or progress.now)).total_seconds()
+    assert progress.rate_per_second == pytest.approx(10 / seconds)
+    await shop.expand(15)
+    progress = await shop.progress(campaign_id)
+    assert (progress.expanded, progress.read, progress.totals.total, progress.shown_total) == (
+        True, 25, 25, 25,
+    )  # fmt: skip
+
+
+async def test_what_a_campaign_waits_for_has_a_word(shop: Shop) -> None:
+    async def word() -> str | None:
+        return await campaigns.limited_by(shop.pool, await shop.progress(campaign_id))
+
+    campaign_id = await shop.begin(30)
+    assert await word() == "expansion"
+    await shop.expand(30)
+    assert await word() is None
+    await shop.claim()
+    for table, limited in (("tenant", "tenant_limit"), ("traffic_account", "account_limit")):
+        await shop.pool.execute(f"update {table} set requests_per_second = 1")
+        assert await word() == limited
+        await shop.pool.execute(f"update {table} set requests_per_second = 50000")
+    await queue.block_account(shop.pool, shop.account_id, 60)
+    assert await word() == "account_throttled"
+    await queue.pause_account(shop.pool, shop.account_id, "UNAUTHORIZED", "x")
+    assert await word() == "account_paused"
+    await shop.act(campaign_id, campaigns.pause)
+    assert await word() is None
+
+
+async def test_a_list_shows_what_became_of_the_messages_newest_first(shop: Shop) -> None:
+    first = await shop.sending(10)
+    await shop.send_all(ACCEPTED, REFUSED, ACCEPTED)
+    await receive(shop, M1=30, M3=20)
+    second = await shop.draft()
+    page, total = await campaigns.list_page(shop.pool, shop.id, None, None, 10, 0)
+    assert [(campaign.id, stats) for campaign, stats in page] == [
+        (second.id, (0, 0, 0, 0)),
+        (first, (7, 1, 3, 6)),
+    ]
+    assert total == 2
+    assert await campaigns.stats(shop.pool, first) == (7, 1, 3, 6)
+
+
+@pytest.mark.parametrize(
+    ("q", "status", "names"),
+    [
+        (None, None, ["100% off", "spring_sale", "Spring"]),
+        ("SPRING", None, ["spring_sale", "Spring"]),
+        ("%", None, ["100% off"]),
+        ("_", None, ["spring_sale"]),
+        ("winter", None, []),
+        (None, "draft", ["100% off", "spring_sale"]),
+        ("spring", "completed", ["Spring"]),
+    ],
+)
+async def test_a_list_is_searched_by_part_of_the_name_and_by_status(
+    shop: Shop, q: str | None, status: str | None, names: list[str]
+) -> None:
+    for name in ("Spring", "spring_sale", "100% off"):
+        await campaigns.create(shop.pool, shop.id, name, {})
+    await shop.pool.execute("update campaign set status = 'completed' where name = 'Spring'")
+    page, total = await campaigns.list_page(shop.pool, shop.id, q, status, 10, 0)
+    assert ([campaign.name for campaign, _ in page], total) == (names, len(names))
+
+
+# -------------------------------------------------------------------------------------------- messages
+
+
+async def receive(shop: Shop, **states: int) -> None:
+    rows = [ReceiptRow(None, one, state, None, None) for one, state in states.items()]
+    await queue.apply_receipts(shop.pool, rows)
+
+
+async def one_of_each(shop: Shop) -> tuple[int, dict[str, list[int]]]:
+    """A campaign with messages in every status: its id, and the ids by status."""
+    campaign_id = await shop.begin(32)
+    await shop.expand(32, skipped=2)
+    settled, unknown, sending, _ = await shop.post(4)
+    await shop.answer(*settled, ACCEPTED, ACCEPTED, ACCEPTED, REFUSED, UNKNOWN)
+    await receive(shop, M1=30, M2=20)
+    await queue.settle_batch(
+        shop.pool, unknown[0].batch_id, unknown[1].attempt, "unknown", "unknown"
+    )
+    ids = settled[1].ids
+    last = sending[1].ids[-1]
+    return campaign_id, {
+        "delivered": [ids[0]],
+        "failed": [ids[1], ids[3]],
+        "accepted": [ids[2]],
+        "unknown": [ids[4], *unknown[1].ids],
+        "processing": [*range(last - 4, last + 6)],
+        "queued": [*range(last + 6, last + 16)],
+        "skipped": [last + 16, last + 17],
+        "cancelled": [],
+    }
+
+
+async def test_messages_are_found_by_each_status_they_are_shown_in(shop: Shop) -> None:
+    campaign_id, expected = await one_of_each(shop)
+    assert expected.keys() == campaigns.STATUSES.keys()
+    for status, ids in expected.items():
+        found = await campaigns.messages(shop.pool, campaign_id, status, None, 0, 100)
+        assert [one.id for one in found] == ids, status
+        assert {one.status for one in found} <= {status}
+    await shop.act(campaign_id, campaigns.cancel)
+    found = await campaigns.messages(shop.pool, campaign_id, "cancelled", None, 0, 100)
+    assert [one.id for one in found] == expected["queued"]
+    assert {(one.reason, one.finished_at is not None) for one in found} == {
+        (Reason.CAMPAIGN_CANCELLED, True)
+    }
+
+
+@pytest.mark.parametrize("status", [None, "queued", "unknown"])
+async def test_pages_of_messages_follow_each_other_without_gap_or_repeat(
+    shop: Shop, status: str | None
+) -> None:
+    campaign_id, expected = await one_of_each(shop)
+    ids = expected[status] if status else sorted(chain(*expected.values()))
+    seen: list[int] = []
+    while page := await campaigns.messages(
+        shop.pool, campaign_id, status, None, seen[-1] if seen else 0, 3
+    ):
+        seen += [one.id for one in page]
+    assert seen == ids
+
+
+async def test_a_message_is_found_by_its_number(shop: Shop) -> None:
+    campaign_id = await shop.sending(5)
+    (found,) = await campaigns.messages(shop.pool, campaign_id, None, PHONE + 3, 0, 10)
+    assert found.phone == PHONE + 3
+    assert await campaigns.messages(shop.pool, campaign_id, "queued", PHONE + 3, 0, 10) == [found]
+    assert await campaigns.messages(shop.pool, campaign_id, "failed", PHONE + 3, 0, 10) == []
+    assert await campaigns.messages(shop.pool, campaign_id, None, PHONE + 3, found.id, 10) == []
+    assert await campaigns.messages(shop.pool, campaign_id, None, PHONE + 99, 0, 10) == []
+
+
+async def test_a_message_is_found_by_its_id_by_its_tenant_alone(shop: Shop) -> None:
+    campaign_id, expected = await one_of_each(shop)
+    async with shop.pool.acquire() as db, db.transaction():
+        single = await queue.add_message(db, shop.id, shop.account_id, PHONE, "Hi", "Shop", 1)
+    assert single is not None
+    for message_id in (*sorted(chain(*expected.values())), single):
+        found = await campaigns.message(shop.pool, shop.id, message_id)
+        assert found is not None, message_id
+        assert found.campaign_id == (0 if message_id == single else campaign_id)
+        assert await campaigns.message(shop.pool, shop.id + 1, message_id) is None
+    assert await campaigns.message(shop.pool, shop.id, single + 1) is None
+
+
+async def test_a_message_of_a_chunk_in_which_all_were_skipped_is_found_by_its_id(
+    shop: Shop,
+) -> None:
+    async with shop.pool.acquire() as db, db.transaction():
+        await queue.add_message(db, shop.id, shop.account_id, PHONE, "Hi", "Shop", 1)
+    campaign_id = await shop.begin(3)
+    await shop.expand(3, skipped=3)
+    (first, *_) = await campaigns.messages(shop.pool, campaign_id, None, None, 0, 10)
+    assert await campaigns.message(shop.pool, shop.id, first.id) == first
+    assert await campaigns.message(shop.pool, shop.id + 1, first.id) is None
+
+
+async def test_a_message_tells_what_was_tried_with_it_across_splits_and_retries(shop: Shop) -> None:
+    campaign_id = await shop.sending(4, batch_size=4)
+    ((grant, intent),) = await shop.post()
+    await queue.settle_batch(
+        shop.pool,
+        grant.batch_id,
+        intent.attempt,
+        "refused",
+        "refused",
+        status=400,
+        detail="bad",
+        refusal="a",
+    )
+    left, right = await shop.post(2)
+    await shop.answer(*left, REFUSED, ACCEPTED)
+    await shop.answer(*right, ACCEPTED)
+    await shop.act(campaign_id, campaigns.retry_failed)
+    ((grant, intent),) = await shop.post()
+    assert intent.ids == left[1].ids[:1]
+    refused, accepted, other, _ = await campaigns.messages(
+        shop.pool, campaign_id, None, None, 0, 10
+    )
+    assert [(one.n, one.outcome, one.status, one.detail) for one in refused.attempts] == [
+        (1, "refused", 400, "bad"),
+        (2, "accepted", 200, None),
+        (3, None, None, None),
+    ]
+    assert [(one.n, one.outcome) for one in accepted.attempts] == [(1, "refused"), (2, "accepted")]
+    assert [one.n for one in other.attempts] == [1, 2]
+    assert refused.status == "processing"
+    assert refused.accepted_at is None
+    assert accepted.accepted_at is not None
+    assert accepted.provider_id is not None
+
+
+@pytest.mark.parametrize(
+    ("detail", "status", "reason"),
+    [
+        ("replica_died", None, Reason.REPLICA_DIED),
+        ("TimeoutError", None, Reason.NO_ANSWER),
+        ("the list is short", 200, Reason.UNREADABLE_ANSWER),
+    ],
+)
+async def test_a_message_says_why_its_batch_is_unknown(
+    shop: Shop, detail: str, status: int | None, reason: Reason
+) -> None:
+    campaign_id = await shop.sending(2)
+    ((grant, intent),) = await shop.post()
+    await queue.settle_batch(
+        shop.pool,
+        grant.batch_id,
+        intent.attempt,
+        "unknown",
+        "unknown",
+        status=status,
+        detail=detail,
+    )
+    (one, _) = await campaigns.messages(shop.pool, campaign_id, None, None, 0, 10)
+    assert (one.status, one.reason) == ("unknown", reason)
+
+
+async def test_batches_are_listed_with_what_became_of_them(shop: Shop) -> None:
+    campaign_id = await shop.sending(20)
+    done, waits, unknown, _ = await shop.post(4)
+    await shop.answer(*done, ACCEPTED)
+    await queue.settle_batch(
+        shop.pool, waits[0].batch_id, waits[1].attempt, "again", "retry", most=3, delay_seconds=60
+    )
+    await queue.settle_batch(
+        shop.pool, unknown[0].batch_id, unknown[1].attempt, "unknown", "unknown"
+    )
+    page, total = await campaigns.batches(shop.pool, campaign_id, 10, 0)
+    assert total == 4
+    assert [(one.status, one.size, one.open, one.attempts) for one in page] == [
+        ("done", 5, 0, 1), ("waiting", 5, 5, 1), ("unknown", 5, 5, 1), ("processing", 5, 5, 1),
+    ]  # fmt: skip
+    assert [one.first_id for one in page] == [one[1].ids[0] for one in (done, waits, unknown, _)]
+    assert page[0].bulk_id == "bulk"
+    assert page[0].done_at is not None
+    assert (page[1].not_before or datetime.min.replace(tzinfo=UTC)) > datetime.now(UTC)
+    assert (await campaigns.batches(shop.pool, campaign_id, 2, 3))[0] == page[3:]
+
+
+async def test_a_refresh_goes_round_all_that_wait_for_a_receipt(shop: Shop) -> None:
+    campaign_id = await shop.sending(10)
+    await shop.send_all(ACCEPTED)
+    await receive(shop, M2=30, M5=20, M6=11)
+    waiting = {f"M{i}" for i in range(1, 11)} - {"M2", "M5"}
+    asked: list[str] = []
+    for expected in (3, 3, 3, 3):
+        page = await campaigns.refresh_page(shop.pool, campaign_id, 3)
+        assert len(page) == expected
+        asked += [provider_id for _, provider_id in page]
+    assert set(asked[:8]) == waiting
+    assert asked[8:] == asked[:4]
+    assert len(await campaigns.refresh_page(shop.pool, campaign_id, 100)) == 8
+
+
+async def test_a_refresh_of_a_campaign_without_such_messages_asks_for_none(shop: Shop) -> None:
+    campaign_id = await shop.sending(5)
+    assert await campaigns.refresh_page(shop.pool, campaign_id, 100) == []

@@ -4,7 +4,7 @@ A handler that changes a campaign locks it first, so that its checks still hold 
 is left to the expander: enqueue counts it, reads a sample for the quote, holds the credits and answers.
 """
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime, timedelta
@@ -13,16 +13,21 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, ConfigDict, Field
 
-from smsd import campaigns, contacts, tenants, text
+from smsd import campaigns, contacts, csvfile, recipients, tenants, text
 from smsd import credits as money
 from smsd.api import messages, quotes, refresh
 from smsd.api.endpoint import Endpoint, Listing, Model, Page, Request
-from smsd.api.errors import ApiError, not_found
+from smsd.api.errors import ApiError, invalid, not_found, shown
 from smsd.api.messages import bad_text, campaign_of, insufficient, read_phone
 from smsd.api.models import Id, Name, SenderId
-from smsd.campaigns import Campaign, CampaignStatus, Progress
+from smsd.campaigns import Campaign, Progress
+from smsd.database import Connection
+from smsd.model import CampaignStatus
 
 SAMPLES = 10
+ERRORS_MOST = 100
+UPLOAD_BYTES = 50_000_000
+PIECE_BYTES = 1 << 16
 REFRESH_MOST = 100
 UNCHANGED: Any = None
 """The default of a field that a PUT leaves as it is."""
@@ -330,6 +335,12 @@ async def _content(req: Request, values: dict[str, Any]) -> dict[str, Any]:
             raise ApiError(
                 501, "NOT_IMPLEMENTED", f"{name} is not part of this version yet", {"field": name}
             )
+    for field in ("list_ids", "exclude_list_ids"):
+        if unknown := await campaigns.unknown_lists(
+            req.connection, req.me.id, values.get(field, [])
+        ):
+            name = type(req.body).model_fields[field].alias
+            raise invalid(str(name), unknown[0], "ids of lists; there is none with this")
     if "message_text" in values:
         values["text"] = values.pop("message_text")
         if values["text"] is not None:
@@ -370,7 +381,7 @@ class BadRecipient(Model):
     """A line that could not be read."""
 
     line: int
-    value: str | None
+    value: str
     message: str
 
 
@@ -384,7 +395,77 @@ class Added(Model):
 
 
 async def add_recipients(req: Request) -> Added:
-    raise NotImplementedError
+    _check_draft(await campaign_of(req))
+    content_type, charset = _format(req)
+    # Whole, before the transaction: one must not wait for a slow upload.
+    body = await _upload(req)
+    added = Added(added=0, duplicates=0, invalid=0, errors=[])
+    async with req.ctx.pool.acquire() as db, db.transaction():
+        campaign = await campaigns.lock(db, req.me.id, req.id)
+        if campaign is None:
+            raise not_found(f"campaign {req.id}")
+        _check_draft(campaign)
+        blocks = recipients.parse(_pieces(body), content_type, charset, req.me.default_country)
+        try:
+            async for block in blocks:
+                await _add_block(db, campaign, block, added)
+        except csvfile.HeaderError as error:
+            details = [{"field": "body", "value": error.value, "takes": str(error)}]
+            raise ApiError(400, "VALIDATION_ERROR", str(error), details) from None
+    return added
+
+
+async def _add_block(
+    db: Connection, campaign: Campaign, block: recipients.Block, added: Added
+) -> None:
+    part = await contacts.add_recipients(db, campaign.id, block.recipients)
+    kept = sum(one.phone is None for one in block.recipients)
+    added.added += part.added
+    added.duplicates += part.duplicates
+    added.invalid += part.invalid + len(block.errors) - kept
+    room = ERRORS_MOST - len(added.errors)
+    added.errors += [BadRecipient(**one._asdict()) for one in block.errors[:room]]
+
+
+def _check_draft(campaign: Campaign) -> None:
+    with _refused("given more recipients"):
+        if not campaign.unsent:
+            raise campaigns.WrongStatus(campaign.status)
+
+
+def _format(req: Request) -> tuple[str, str]:
+    """The content type and charset of an upload; 415 where they are not taken."""
+    content_type, charset = req.raw.content_type, req.raw.charset or "utf-8"
+    if content_type not in recipients.FORMATS:
+        taken = ", ".join(recipients.FORMATS)
+        raise ApiError(
+            415, "UNSUPPORTED_MEDIA_TYPE", f"Content-Type: got {content_type}; taken are {taken}"
+        )
+    if not csvfile.CHARSETS.fullmatch(charset):
+        raise ApiError(
+            415,
+            "UNSUPPORTED_MEDIA_TYPE",
+            f"charset: got {charset}; taken are utf-8, iso-8859-7 and the like",
+        )
+    return content_type, charset
+
+
+async def _upload(req: Request) -> bytes:
+    body = bytearray()
+    async for chunk in req.chunks():
+        body += chunk
+        if len(body) > UPLOAD_BYTES:
+            raise ApiError(
+                413,
+                "PAYLOAD_TOO_LARGE",
+                f"the body is larger than {UPLOAD_BYTES} bytes; send it in parts",
+            )
+    return bytes(body)
+
+
+async def _pieces(body: bytes) -> AsyncIterator[bytes]:
+    for start in range(0, len(body), PIECE_BYTES):
+        yield body[start : start + PIECE_BYTES]
 
 
 # ------------------------------------------------------------------------------------------ sending
@@ -439,8 +520,8 @@ class Enqueued(Model):
 async def preview(req: Request) -> Preview:
     campaign = await campaign_of(req)
     template = quotes.template_of(campaign)
-    recipients = await quotes.recipients_of(req, campaign)
-    quote = quotes.quote(template, quotes.renderer_of(req, campaign, template), recipients)
+    people = await quotes.recipients_of(req, campaign)
+    quote = quotes.quote(template, quotes.renderer_of(req, campaign, template), people)
     problems = list(quote.problems)
     if not (campaign.sender or req.me.sender):
         problems.insert(0, "there is no sender: give the campaign one, or set the tenant's")
@@ -470,14 +551,14 @@ async def enqueue(req: Request) -> Enqueued:
     sender = campaign.sender or tenant.sender
     if sender is None:
         raise messages.no_sender()
-    recipients = await quotes.recipients_of(req, campaign)
-    if not recipients.count:
+    people = await quotes.recipients_of(req, campaign)
+    if not people.count:
         raise ApiError(
             400,
             "NO_RECIPIENTS",
             "nobody is in the audience: check lists and filters, or add recipients",
         )
-    quote = quotes.quote(template, quotes.renderer_of(req, campaign, template), recipients)
+    quote = quotes.quote(template, quotes.renderer_of(req, campaign, template), people)
     account = await tenants.get_account(req.db, tenant.account_id)
     assert account is not None
     size = campaigns.batch_size(
@@ -487,12 +568,12 @@ async def enqueue(req: Request) -> Enqueued:
         (account.messages_per_second, tenant.messages_per_second),
     )
     snapshot = campaigns.Snapshot(
-        source=recipients.source,
+        source=people.source,
         sender=sender,
         template=template.source,
-        as_of=recipients.as_of,
+        as_of=people.as_of,
         batch_size=size,
-        highest_id=recipients.highest_id,
+        highest_id=people.highest_id,
         of=quote.count,
         held=quote.required,
     )
@@ -537,7 +618,7 @@ def _sendable(campaign: Campaign) -> text.Template:
     template = quotes.template_of(campaign)
     if template.problems:
         details = [
-            {"field": "messageText", "value": campaign.text, "takes": problem}
+            {"field": "messageText", "value": shown(campaign.text), "takes": problem}
             for problem in template.problems
         ]
         raise ApiError(400, "VALIDATION_ERROR", f"messageText: {template.problems[0]}", details)
@@ -611,8 +692,8 @@ async def send_test(req: Request) -> messages.Queued:
     campaign = await campaign_of(req)
     template = _sendable(campaign)
     renderer = quotes.renderer_of(req, campaign, template)
-    recipients = await quotes.recipients_of(req, campaign)
-    content = quotes.sample_text(template, renderer, recipients, phone)
+    people = await quotes.recipients_of(req, campaign)
+    content = quotes.sample_text(template, renderer, people, phone)
     message_id = await messages.send_one(req, phone, content, campaign.sender)
     return messages.Queued(id=message_id, status="queued")
 

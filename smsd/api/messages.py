@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 from datetime import datetime
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
@@ -128,7 +128,7 @@ async def list_batches(req: Request) -> Listing[Batch]:
     return Listing[Batch](items=items, total=total, page=page.page, page_size=page.page_size)
 
 
-def _without_size(batch: campaigns.Batch) -> dict[str, object]:
+def _without_size(batch: campaigns.Batch) -> dict[str, Any]:
     values = asdict(batch)
     del values["size"]
     return values

@@ -13,6 +13,7 @@ from zoneinfo import ZoneInfo
 from smsd import campaigns, contacts, text
 from smsd.api.endpoint import Request
 from smsd.campaigns import Campaign
+from smsd.database import Record
 from smsd.expander import SEGMENTS_MOST, Renderer
 from smsd.expansions import Rendered, Skipped
 from smsd.model import Reason
@@ -22,7 +23,7 @@ _CHARACTERS_SHOWN = 5
 _ALPHABET = frozenset(text.GSM7_BASIC + text.GSM7_EXTENSION)
 _OWN_TAGS = {text.tag_key(tag) for tag in ("phone", text.LINK_TAG, text.UNSUBSCRIBE_TAG)}
 
-Row = Mapping[str, object]
+Row = Record | Mapping[str, object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,7 @@ async def recipients_of(req: Request, campaign: Campaign) -> Recipients:
         age_group=campaign.filter_age_group,
     )
     highest_id = await contacts.highest_id(req.db, req.me.id)
-    count = await contacts.audience_count(req.db, req.me.id, audience, as_of)
+    count = await contacts.audience_estimate(req.db, req.me.id, audience, as_of)
     sample = await contacts.audience_page(req.db, req.me.id, audience, as_of, 0, highest_id, SAMPLE)
     return Recipients("contacts", as_of, highest_id, count, sample)
 

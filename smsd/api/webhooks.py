@@ -53,7 +53,9 @@ async def dlr(req: Request) -> Received:
     raw = [(r._asdict(), f"unknown state {r.word!r}") for r in read.receipts if r.state is None]
     odd = [*raw, *read.rejected]
     if odd:
-        bodies = [orjson.dumps(body, default=str).decode().replace("\\u0000", "") for body, _ in odd]
+        bodies = [
+            orjson.dumps(body, default=str).decode().replace("\\u0000", "") for body, _ in odd
+        ]
         await queue.keep_raw_receipts(req.ctx.pool, account_id, bodies, [why for _, why in odd])
     try:
         updated = await req.ctx.receipts.put(rows)
@@ -72,7 +74,9 @@ async def _caller(req: Request) -> int | None:
         return secrets[hashlib.sha256(shown).digest()]
     except KeyError:
         raise ApiError(
-            401, "UNAUTHORIZED", f"takes the registered secret in the header {WEBHOOK_SECRET_HEADER}"
+            401,
+            "UNAUTHORIZED",
+            f"takes the registered secret in the header {WEBHOOK_SECRET_HEADER}",
         ) from None
 
 

@@ -17,6 +17,10 @@ select from tenant where id = $1 for share;
 -- One campaign of a tenant, and nobody else decides about it until this transaction ends.
 select * from campaign where id = $1 and tenant_id = $2 for no key update;
 
+-- name: keep_lists
+-- Those of the lists that a tenant has; they cannot be deleted before we are done.
+select id from contact_list where tenant_id = $1 and id = any ($2::bigint[]) order by id for key share;
+
 -- name: list_page
 -- Newest first, each with what its counters say of the messages that left.
 select c.*, k.pending, k.delivered, k.failed
