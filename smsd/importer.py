@@ -23,6 +23,8 @@ BLOCK_RECORDS = 2_500
 READ_BYTES = 1 << 18
 SLOW_LOOK_SECONDS = 1.0
 _ROWS_BETWEEN_YIELDS = 20
+# Nothing of the block was written, or all of it: either way it is read again from where the job stands.
+_INTERRUPTED: tuple[type[BaseException], ...] = (*database.AWAY, asyncpg.TransactionRollbackError)
 
 
 class Importer:
@@ -44,7 +46,7 @@ class Importer:
                 replica_id = self._get_replica_id()
                 if replica_id and await self.import_block(replica_id):
                     continue
-            except (*database.AWAY, asyncpg.TransactionRollbackError) as error:
+            except _INTERRUPTED as error:
                 log.warning("import.interrupted", error=repr(error))
             try:
                 async with asyncio.timeout(SLOW_LOOK_SECONDS):
@@ -91,9 +93,9 @@ class Importer:
         take = _Take(reader, Columns(header.names), job.default_country, Block(header._asdict()))
         data = b""
         while not await asyncio.to_thread(take, data) and fed < job.size:
-            data = await imports.read(self._pool, job, fed, READ_BYTES)
+            data = await self._bytes(job, fed)
             fed += len(data)
-            if fed >= job.size or not data:
+            if fed >= job.size:
                 await asyncio.to_thread(take, data, last=True)
                 break
         block = take.block
@@ -103,8 +105,16 @@ class Importer:
     async def _head(self, job: Job) -> bytes:
         head = b""
         while len(head) < min(csvfile.RECORD_BYTES, job.size):
-            head += await imports.read(self._pool, job, len(head), READ_BYTES)
+            head += await self._bytes(job, len(head))
         return head
+
+    async def _bytes(self, job: Job, offset: int) -> bytes:
+        data = await imports.read(self._pool, job, offset, READ_BYTES)
+        if not data:
+            raise HeaderError(
+                f"the upload ends at byte {offset} of {job.size}; upload it again", ""
+            )
+        return data
 
 
 class _Take:

@@ -178,6 +178,7 @@ class Sender:
             try:
                 result = await self._post(account, grant, intent)
             except mitto.Withdrawn as withdrawn:
+                account.missed_slot()
                 await self._withdraw(grant, withdrawn.reason)
                 return
             account.answered(grant, result)
@@ -377,6 +378,7 @@ class _Account:
         self.news = asyncio.Event()
         self.sending: set[asyncio.Task[None]] = set()
         self._least = settings.worker_concurrency
+        self._window = float(settings.worker_concurrency)
         self._places: dict[int, float] = {}  # batch → when it was claimed
         self._messages = 0
         self._seconds = Recent(0.05)
@@ -392,7 +394,7 @@ class _Account:
         if self._missed >= BREAKER_AFTER:
             return (0, False) if self._places else (1, False)  # one batch probes
         needed = math.ceil(self.row.requests_per_second * self._seconds.percentile(0.95)) + 1
-        places = min(max(self._least, needed), REPLICA_IN_FLIGHT // 2)
+        places = min(max(self._least, needed), REPLICA_IN_FLIGHT // 2, int(self._window))
         if self.row.max_in_flight is not None:
             places = min(places, self.row.max_in_flight)
         # Written slower than sent: wait for Postgres rather than pile up answers.
@@ -403,6 +405,10 @@ class _Account:
             return min(free, 8), False
         spare = free + PRIORITY_PLACES if self.row.max_in_flight is None else 0
         return max(0, spare), True
+
+    def missed_slot(self) -> None:
+        """This process was too slow for a slot: fewer at once from now on (as TCP does when a packet is lost)."""
+        self._window = max(1.0, self._window / 2)
 
     def start(self, grant: queue.Grant, send: Coroutine[Any, Any, None]) -> None:
         self._places[grant.batch_id] = mitto.clock()
@@ -434,6 +440,7 @@ class _Account:
         self._missed = 0
         self._throttled = self._throttled + 1 if result.outcome is Outcome.THROTTLED else 0
         self._seconds.add(mitto.clock() - claimed_at)
+        self._window = min(self._window + 1.0, REPLICA_IN_FLIGHT / 2)
 
     def throttle_seconds(self) -> float:
         """How long to wait when Mitto throttles without saying: a second, doubled while it goes on."""

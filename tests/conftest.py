@@ -5,12 +5,13 @@ allowed to create databases).
 """
 
 import asyncio
+import contextlib
 import os
 import threading
 import uuid
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
@@ -20,7 +21,7 @@ from aiohttp.test_utils import TestClient, TestServer
 from multidict import CIMultiDictProxy
 
 from smsd import api as http_api
-from smsd import config, database, embedded, tenants
+from smsd import config, database, embedded, mitto, receipts, tenants
 from smsd.api.endpoint import Context
 
 ADMIN_TOKEN = "token-of-the-operator"
@@ -127,7 +128,13 @@ async def connection(dsn: str) -> AsyncIterator[database.Connection]:
 @pytest.fixture
 def settings() -> config.Settings:
     """Settings as a test daemon has them."""
-    return config.load({"SMSD_ADMIN_TOKEN": ADMIN_TOKEN, "SMSD_PUBLIC_URL": "https://sms.example"})
+    return config.load(
+        {
+            "SMSD_ADMIN_TOKEN": ADMIN_TOKEN,
+            "SMSD_PUBLIC_URL": "https://sms.example",
+            "SMSD_MITTO_BASE_URL": "http://127.0.0.1:9",  # nobody there: no test reaches Mitto
+        }
+    )
 
 
 # --------------------------------------------------------------------------------------------- API
@@ -232,20 +239,32 @@ class Api:
         return TenantCaller(self.client, reply.body["apiKey"], tenant_id, account_id)
 
 
-@pytest.fixture
-async def api(pool: database.Pool, settings: config.Settings) -> AsyncIterator[Api]:
-    """The API over the test's database, without the loops of the daemon."""
+@contextlib.asynccontextmanager
+async def open_api(pool: database.Pool, settings: config.Settings) -> AsyncIterator[Api]:
+    """The API over a database, without the loops of the daemon other than that which writes receipts."""
     async with pool.acquire() as connection:
         await tenants.ensure_signing_key(connection)
     nudges: list[str] = []
-    ctx = Context(
-        pool=pool,
-        settings=settings,
-        keys=await tenants.signing_keys(pool),
-        nudge=nudges.append,
-        receipts=cast("Any", None),
-        mitto=cast("Any", None),
-        replica=Replica(1),
-    )
-    async with TestClient(TestServer(http_api.build(ctx), host="127.0.0.1")) as client:
-        yield Api(client, ctx, nudges)
+    inbox = receipts.Inbox(pool)
+    async with mitto.Client(settings.mitto_base_url, settings.mitto_timeout) as client:
+        ctx = Context(
+            pool=pool,
+            settings=settings,
+            keys=await tenants.signing_keys(pool),
+            nudge=nudges.append,
+            receipts=inbox,
+            mitto=client,
+            replica=Replica(1),
+        )
+        writing = asyncio.create_task(inbox.run())
+        server = TestServer(http_api.build(ctx), host="127.0.0.1")
+        async with TestClient(server) as test_client:
+            yield Api(test_client, ctx, nudges)
+        writing.cancel()
+
+
+@pytest.fixture
+async def api(pool: database.Pool, settings: config.Settings) -> AsyncIterator[Api]:
+    """The API over the test's database."""
+    async with open_api(pool, settings) as opened:
+        yield opened

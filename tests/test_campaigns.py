@@ -5,149 +5,25 @@ import random
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import UTC, date, datetime
-from itertools import chain
+from datetime import date
 from typing import Any
 
 import pytest
+from shop import (
+    ACCEPTED,
+    PHONE,
+    REFUSED,
+    UNKNOWN,
+    Shop,
+    check_the_account,
+    new_shop,
+    until_somebody_waits,
+)
 
-from smsd import campaigns, credits, database, expansions, queue, tenants
+from smsd import campaigns, credits, database, expansions, queue
 from smsd.campaigns import Campaign, Snapshot
-from smsd.expansions import Chunk, Expansion, Rendered, Skipped
-from smsd.mitto import ItemResult
-from smsd.model import CampaignStatus, MessageState, Reason
+from smsd.model import CampaignStatus, MessageState
 from smsd.queue import Grant, Intent, ReceiptRow
-
-PHONE = 306_900_000_000
-
-
-@dataclass
-class Shop:
-    """A tenant with credits on a fast account, and the one replica that works for it."""
-
-    pool: database.Pool
-    id: int
-    account_id: int
-    replica_id: int
-    phones: int = PHONE
-    provider_ids: int = 0
-
-    async def draft(self, **content: Any) -> Campaign:
-        return await campaigns.create(self.pool, self.id, "Sale", {"text": "Hi", **content})
-
-    async def begin(self, of: int, batch_size: int = 5, held: int | None = None) -> int:
-        """A campaign just enqueued; its id."""
-        campaign = await self.draft()
-        snapshot = Snapshot(
-            "contacts", "Shop", "Hi", date(2026, 1, 1), batch_size, 10**9, of, held or of
-        )
-        async with self.pool.acquire() as connection, connection.transaction():
-            locked = await campaigns.lock(connection, self.id, campaign.id)
-            assert locked is not None
-            await campaigns.begin(connection, locked, self.account_id, snapshot)
-            assert await credits.hold(connection, self.id, snapshot.held, campaign.id, "enqueue")
-        return campaign.id
-
-    async def expand(
-        self, read: int, skipped: int = 0, last: bool = True, segments: int = 1
-    ) -> int:
-        """One chunk of the expansion whose turn it is; 0 where nothing runs."""
-        expansion = await expansions.claim(self.pool, self.replica_id)
-        if expansion is None:
-            return 0
-        await self.write(expansion, read, skipped, last, segments)
-        return expansion.campaign_id
-
-    async def write(
-        self,
-        expansion: Expansion,
-        read: int,
-        skipped: int = 0,
-        last: bool = True,
-        segments: int = 1,
-    ) -> None:
-        first = self.phones
-        self.phones += read
-        reached = read - skipped
-        chunk = Chunk(
-            cursor=expansion.cursor + read,
-            read=read,
-            last=last,
-            rendered=[Rendered(first + i, f"Hi {i}", segments) for i in range(reached)],
-            skipped=[Skipped(first + i, Reason.OPTED_OUT, None) for i in range(reached, read)],
-        )
-        first_id = await expansions.commit(self.pool, expansion, chunk, self.replica_id)
-        if first_id:
-            await queue.wake_lane(self.pool, expansion.lane_id, first_id)
-
-    async def sending(self, of: int, **options: Any) -> int:
-        """A campaign whose messages are all queued; its id."""
-        campaign_id = await self.begin(of, **options)
-        await self.expand(of)
-        return campaign_id
-
-    async def claim(self, want: int = 1) -> list[Grant]:
-        claimed = await queue.claim(self.pool, self.account_id, self.replica_id, want, lead_us=0)
-        return list(claimed.grants)
-
-    async def post(self, want: int = 1) -> list[tuple[Grant, Intent]]:
-        """Claims batches and writes their intents; those that may be posted."""
-        out = []
-        for grant in await self.claim(want):
-            intent = await queue.intent(self.pool, grant, self.replica_id)
-            if intent.verdict == "post":
-                out.append((grant, intent))
-        return out
-
-    async def answer(self, grant: Grant, intent: Intent, *states: MessageState) -> None:
-        """Mitto's answer item by item; the last state is that of all the rest."""
-        items = []
-        for i, message_id in enumerate(intent.ids):
-            state = states[min(i, len(states) - 1)]
-            self.provider_ids += 1
-            provider_id = f"M{self.provider_ids}" if state == MessageState.ACCEPTED else None
-            items.append(ItemResult(message_id, state, provider_id, None))
-        await queue.settle_items(self.pool, grant.batch_id, intent.attempt, items, "bulk", 200)
-
-    async def send_all(self, *states: MessageState) -> None:
-        """Posts and answers until nothing is ready."""
-        while posted := await self.post(8):
-            for grant, intent in posted:
-                await self.answer(grant, intent, *states)
-
-    async def act(
-        self,
-        campaign_id: int,
-        action: Callable[[database.Connection, Campaign], Coroutine[Any, Any, Any]],
-    ) -> Any:
-        """An action on the locked campaign, in a transaction of its own."""
-        async with self.pool.acquire() as connection, connection.transaction():
-            locked = await campaigns.lock(connection, self.id, campaign_id)
-            assert locked is not None
-            return await action(connection, locked)
-
-    async def progress(self, campaign_id: int) -> campaigns.Progress:
-        progress = await campaigns.totals(self.pool, self.id, campaign_id)
-        assert progress is not None
-        return progress
-
-    async def status(self, campaign_id: int) -> CampaignStatus:
-        return (await self.progress(campaign_id)).campaign.status
-
-
-async def new_shop(pool: database.Pool, granted: int = 10_000) -> Shop:
-    async with pool.acquire() as connection, connection.transaction():
-        account = await tenants.create_account(
-            connection, name="Main", provider_id="main", api_key=None, requests_per_second=50_000,
-            messages_per_second=None, max_in_flight=None, webhook_secret=None, server_error_means="refused",
-        )  # fmt: skip
-        tenant = await tenants.create_tenant(
-            connection, name="Shop", account_id=account.id, sender="Shop", requests_per_second=50_000,
-            messages_per_second=None, weight=1.0, batch_size=None, subscription="active", timezone="UTC",
-            default_country="GR",
-        )  # fmt: skip
-        await credits.grant(connection, tenant.id, granted, "test")
-    return Shop(pool, tenant.id, account.id, await queue.register(pool, "test", "0"))
 
 
 @pytest.fixture
@@ -156,65 +32,6 @@ async def shop(pool: database.Pool) -> Shop:
 
 
 # ------------------------------------------------------------------------------------- totals are true
-
-ACCEPTED, REFUSED, UNKNOWN = MessageState.ACCEPTED, MessageState.REFUSED, MessageState.UNKNOWN
-
-
-async def counts(db: database.Connection, sql: str, *args: object) -> dict[str, int]:
-    return {row[0]: row[1] for row in await db.fetch(sql, *args)}
-
-
-async def check_the_account(shop: Shop, campaign_id: int) -> campaigns.Progress:
-    """Totals against a count over the messages as they are shown; money against what is open and what was accepted;
-    in one snapshot, since others may be at work."""
-    async with shop.pool.acquire() as db, db.transaction(isolation="repeatable_read"):
-        progress = await campaigns.totals(db, shop.id, campaign_id)
-        assert progress is not None
-        shown = await counts(
-            db,
-            "select coalesce(case when own_state in (20, 40) then own_state::text end, status), count(*)::int "
-            "from message_shown where campaign_id = $1 group by 1",
-            campaign_id,
-        )
-        money = await db.fetchrow(
-            "select granted, spent, reserved from credit where tenant_id = $1", shop.id
-        )
-        entries = await counts(
-            db,
-            "select kind, sum(amount)::bigint from ledger where tenant_id = $1 group by kind",
-            shop.id,
-        )
-        held = await db.fetchval(
-            "select coalesce((select sum(held) from expansion), 0)"
-            " + coalesce((select sum(segments) from batch where state in (0, 1, 2, 3, 11)), 0)"
-            " + coalesce((select sum(segments) from message where state = 5), 0)"
-        )
-        worth = await db.fetchval(
-            "select coalesce(sum(segments), 0) from message where state in (10, 11, 20, 30)"
-        )
-        wrong = await db.fetch(
-            "select b.id, b.state, b.n, m.n as found from batch b, lateral (select count(*) as n from message m"
-            " where m.campaign_id = b.campaign_id and m.id between b.first_id and b.last_id and m.state is null) m"
-            " where b.n <> m.n"
-        )
-    sums = progress.totals
-    counted = {
-        "queued": sums.queued, "processing": sums.processing, "accepted": sums.pending,
-        "delivered": sums.delivered, "20": sums.delivery_failed, "40": sums.refused,
-        "unknown": sums.unknown, "cancelled": sums.cancelled, "skipped": sums.skipped,
-    }  # fmt: skip
-    assert {status: n for status, n in counted.items() if n} == shown
-    assert sums.accepted == sums.delivered + sums.delivery_failed + sums.pending
-    assert sums.total == sum(shown.values())
-    assert sums.processed == sums.total - sums.queued - sums.processing
-    assert money is not None
-    assert money["reserved"] == held
-    assert money["spent"] == worth == entries.get("spend", 0)
-    assert money["granted"] == entries["grant"]
-    given_back = entries.get("spend", 0) + entries.get("release", 0)
-    assert money["reserved"] == entries.get("hold", 0) - given_back
-    assert wrong == []
-    return progress
 
 
 @dataclass
@@ -659,15 +476,6 @@ async def test_a_batch_given_back_or_cut_while_its_campaign_is_cancelled_is_canc
     assert await shop.pool.fetchval("select count(*) from batch where state < 10") == 0
 
 
-async def until_somebody_waits(pool: database.Pool) -> None:
-    """Returns once a session of this database waits for a lock."""
-    async with asyncio.timeout(5):
-        while not await pool.fetchval(
-            "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
-        ):
-            await asyncio.sleep(0.01)
-
-
 # ------------------------------------------------------------------------------------------ retry failed
 
 
@@ -807,7 +615,7 @@ async def test_what_a_campaign_waits_for_has_a_word(shop: Shop) -> None:
 async def test_a_list_shows_what_became_of_the_messages_newest_first(shop: Shop) -> None:
     first = await shop.sending(10)
     await shop.send_all(ACCEPTED, REFUSED, ACCEPTED)
-    await receive(shop, M1=30, M3=20)
+    await shop.receive(M1=30, M3=20)
     second = await shop.draft()
     page, total = await campaigns.list_page(shop.pool, shop.id, None, None, 10, 0)
     assert [(campaign.id, stats) for campaign, stats in page] == [
@@ -838,202 +646,3 @@ async def test_a_list_is_searched_by_part_of_the_name_and_by_status(
     await shop.pool.execute("update campaign set status = 'completed' where name = 'Spring'")
     page, total = await campaigns.list_page(shop.pool, shop.id, q, status, 10, 0)
     assert ([campaign.name for campaign, _ in page], total) == (names, len(names))
-
-
-# -------------------------------------------------------------------------------------------- messages
-
-
-async def receive(shop: Shop, **states: int) -> None:
-    rows = [ReceiptRow(None, one, state, None, None) for one, state in states.items()]
-    await queue.apply_receipts(shop.pool, rows)
-
-
-async def one_of_each(shop: Shop) -> tuple[int, dict[str, list[int]]]:
-    """A campaign with messages in every status: its id, and the ids by status."""
-    campaign_id = await shop.begin(32)
-    await shop.expand(32, skipped=2)
-    settled, unknown, sending, _ = await shop.post(4)
-    await shop.answer(*settled, ACCEPTED, ACCEPTED, ACCEPTED, REFUSED, UNKNOWN)
-    await receive(shop, M1=30, M2=20)
-    await queue.settle_batch(
-        shop.pool, unknown[0].batch_id, unknown[1].attempt, "unknown", "unknown"
-    )
-    ids = settled[1].ids
-    last = sending[1].ids[-1]
-    return campaign_id, {
-        "delivered": [ids[0]],
-        "failed": [ids[1], ids[3]],
-        "accepted": [ids[2]],
-        "unknown": [ids[4], *unknown[1].ids],
-        "processing": [*range(last - 4, last + 6)],
-        "queued": [*range(last + 6, last + 16)],
-        "skipped": [last + 16, last + 17],
-        "cancelled": [],
-    }
-
-
-async def test_messages_are_found_by_each_status_they_are_shown_in(shop: Shop) -> None:
-    campaign_id, expected = await one_of_each(shop)
-    assert expected.keys() == campaigns.STATUSES.keys()
-    for status, ids in expected.items():
-        found = await campaigns.messages(shop.pool, campaign_id, status, None, 0, 100)
-        assert [one.id for one in found] == ids, status
-        assert {one.status for one in found} <= {status}
-    await shop.act(campaign_id, campaigns.cancel)
-    found = await campaigns.messages(shop.pool, campaign_id, "cancelled", None, 0, 100)
-    assert [one.id for one in found] == expected["queued"]
-    assert {(one.reason, one.finished_at is not None) for one in found} == {
-        (Reason.CAMPAIGN_CANCELLED, True)
-    }
-
-
-@pytest.mark.parametrize("status", [None, "queued", "unknown"])
-async def test_pages_of_messages_follow_each_other_without_gap_or_repeat(
-    shop: Shop, status: str | None
-) -> None:
-    campaign_id, expected = await one_of_each(shop)
-    ids = expected[status] if status else sorted(chain(*expected.values()))
-    seen: list[int] = []
-    while page := await campaigns.messages(
-        shop.pool, campaign_id, status, None, seen[-1] if seen else 0, 3
-    ):
-        seen += [one.id for one in page]
-    assert seen == ids
-
-
-async def test_a_message_is_found_by_its_number(shop: Shop) -> None:
-    campaign_id = await shop.sending(5)
-    (found,) = await campaigns.messages(shop.pool, campaign_id, None, PHONE + 3, 0, 10)
-    assert found.phone == PHONE + 3
-    assert await campaigns.messages(shop.pool, campaign_id, "queued", PHONE + 3, 0, 10) == [found]
-    assert await campaigns.messages(shop.pool, campaign_id, "failed", PHONE + 3, 0, 10) == []
-    assert await campaigns.messages(shop.pool, campaign_id, None, PHONE + 3, found.id, 10) == []
-    assert await campaigns.messages(shop.pool, campaign_id, None, PHONE + 99, 0, 10) == []
-
-
-async def test_a_message_is_found_by_its_id_by_its_tenant_alone(shop: Shop) -> None:
-    campaign_id, expected = await one_of_each(shop)
-    async with shop.pool.acquire() as db, db.transaction():
-        single = await queue.add_message(db, shop.id, shop.account_id, PHONE, "Hi", "Shop", 1)
-    assert single is not None
-    for message_id in (*sorted(chain(*expected.values())), single):
-        found = await campaigns.message(shop.pool, shop.id, message_id)
-        assert found is not None, message_id
-        assert found.campaign_id == (0 if message_id == single else campaign_id)
-        assert await campaigns.message(shop.pool, shop.id + 1, message_id) is None
-    assert await campaigns.message(shop.pool, shop.id, single + 1) is None
-
-
-async def test_a_message_of_a_chunk_in_which_all_were_skipped_is_found_by_its_id(
-    shop: Shop,
-) -> None:
-    async with shop.pool.acquire() as db, db.transaction():
-        await queue.add_message(db, shop.id, shop.account_id, PHONE, "Hi", "Shop", 1)
-    campaign_id = await shop.begin(3)
-    await shop.expand(3, skipped=3)
-    (first, *_) = await campaigns.messages(shop.pool, campaign_id, None, None, 0, 10)
-    assert await campaigns.message(shop.pool, shop.id, first.id) == first
-    assert await campaigns.message(shop.pool, shop.id + 1, first.id) is None
-
-
-async def test_a_message_tells_what_was_tried_with_it_across_splits_and_retries(shop: Shop) -> None:
-    campaign_id = await shop.sending(4, batch_size=4)
-    ((grant, intent),) = await shop.post()
-    await queue.settle_batch(
-        shop.pool,
-        grant.batch_id,
-        intent.attempt,
-        "refused",
-        "refused",
-        status=400,
-        detail="bad",
-        refusal="a",
-    )
-    left, right = await shop.post(2)
-    await shop.answer(*left, REFUSED, ACCEPTED)
-    await shop.answer(*right, ACCEPTED)
-    await shop.act(campaign_id, campaigns.retry_failed)
-    ((grant, intent),) = await shop.post()
-    assert intent.ids == left[1].ids[:1]
-    refused, accepted, other, _ = await campaigns.messages(
-        shop.pool, campaign_id, None, None, 0, 10
-    )
-    assert [(one.n, one.outcome, one.status, one.detail) for one in refused.attempts] == [
-        (1, "refused", 400, "bad"),
-        (2, "accepted", 200, None),
-        (3, None, None, None),
-    ]
-    assert [(one.n, one.outcome) for one in accepted.attempts] == [(1, "refused"), (2, "accepted")]
-    assert [one.n for one in other.attempts] == [1, 2]
-    assert refused.status == "processing"
-    assert refused.accepted_at is None
-    assert accepted.accepted_at is not None
-    assert accepted.provider_id is not None
-
-
-@pytest.mark.parametrize(
-    ("detail", "status", "reason"),
-    [
-        ("replica_died", None, Reason.REPLICA_DIED),
-        ("TimeoutError", None, Reason.NO_ANSWER),
-        ("the list is short", 200, Reason.UNREADABLE_ANSWER),
-    ],
-)
-async def test_a_message_says_why_its_batch_is_unknown(
-    shop: Shop, detail: str, status: int | None, reason: Reason
-) -> None:
-    campaign_id = await shop.sending(2)
-    ((grant, intent),) = await shop.post()
-    await queue.settle_batch(
-        shop.pool,
-        grant.batch_id,
-        intent.attempt,
-        "unknown",
-        "unknown",
-        status=status,
-        detail=detail,
-    )
-    (one, _) = await campaigns.messages(shop.pool, campaign_id, None, None, 0, 10)
-    assert (one.status, one.reason) == ("unknown", reason)
-
-
-async def test_batches_are_listed_with_what_became_of_them(shop: Shop) -> None:
-    campaign_id = await shop.sending(20)
-    done, waits, unknown, _ = await shop.post(4)
-    await shop.answer(*done, ACCEPTED)
-    await queue.settle_batch(
-        shop.pool, waits[0].batch_id, waits[1].attempt, "again", "retry", most=3, delay_seconds=60
-    )
-    await queue.settle_batch(
-        shop.pool, unknown[0].batch_id, unknown[1].attempt, "unknown", "unknown"
-    )
-    page, total = await campaigns.batches(shop.pool, campaign_id, 10, 0)
-    assert total == 4
-    assert [(one.status, one.size, one.open, one.attempts) for one in page] == [
-        ("done", 5, 0, 1), ("waiting", 5, 5, 1), ("unknown", 5, 5, 1), ("processing", 5, 5, 1),
-    ]  # fmt: skip
-    assert [one.first_id for one in page] == [one[1].ids[0] for one in (done, waits, unknown, _)]
-    assert page[0].bulk_id == "bulk"
-    assert page[0].done_at is not None
-    assert (page[1].not_before or datetime.min.replace(tzinfo=UTC)) > datetime.now(UTC)
-    assert (await campaigns.batches(shop.pool, campaign_id, 2, 3))[0] == page[3:]
-
-
-async def test_a_refresh_goes_round_all_that_wait_for_a_receipt(shop: Shop) -> None:
-    campaign_id = await shop.sending(10)
-    await shop.send_all(ACCEPTED)
-    await receive(shop, M2=30, M5=20, M6=11)
-    waiting = {f"M{i}" for i in range(1, 11)} - {"M2", "M5"}
-    asked: list[str] = []
-    for expected in (3, 3, 3, 3):
-        page = await campaigns.refresh_page(shop.pool, campaign_id, 3)
-        assert len(page) == expected
-        asked += [provider_id for _, provider_id in page]
-    assert set(asked[:8]) == waiting
-    assert asked[8:] == asked[:4]
-    assert len(await campaigns.refresh_page(shop.pool, campaign_id, 100)) == 8
-
-
-async def test_a_refresh_of_a_campaign_without_such_messages_asks_for_none(shop: Shop) -> None:
-    campaign_id = await shop.sending(5)
-    assert await campaigns.refresh_page(shop.pool, campaign_id, 100) == []

@@ -86,7 +86,7 @@ def test_a_stop_shorter_than_a_request_cannot_work() -> None:
     assert config.load({"SMSD_SHUTDOWN_SECONDS": "25"}).shutdown_seconds == 25
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "sms.example"])  # noqa: S104
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "sms.example"])
 def test_beyond_loopback_a_webhook_secret_is_needed(host: str) -> None:
     with pytest.raises(ConfigError, match="SMSD_WEBHOOK_SECRET is not set"):
         config.load({"SMSD_HOST": host})

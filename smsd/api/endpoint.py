@@ -157,6 +157,7 @@ class Request:
     ctx: Context
     db: Executor
     raw: web.Request
+    endpoint: "Endpoint"
     tenant: tenants.Tenant | None = None
     path: dict[str, int | str] = field(default_factory=dict)
     body: Any = None
@@ -188,10 +189,36 @@ class Request:
         return value
 
     async def chunks(self) -> AsyncIterator[bytes]:
-        """The body in pieces as they arrive, without a limit; seen by the idempotency check. For raw_body."""
+        """The body in pieces as they arrive, without a limit. For raw_body."""
         async for chunk in self.raw.content.iter_any():
             self._digest.update(chunk)
             yield chunk
+
+    async def once(self, work: Callable[[], Awaitable["Answer"]]) -> web.StreamResponse:
+        """Runs `work` with `db` in a transaction and returns its answer; under an Idempotency-Key that took effect
+        before, returns that answer instead. The wrapper does this around a handler, except with raw_body: there the
+        handler does, once it has read the body by `chunks`."""
+        key = _idempotency_key(self.raw) if self.endpoint.idempotent else None
+        async with self.ctx.pool.acquire() as connection, connection.transaction():
+            self.db = connection
+            if key is None:
+                return _respond(self.endpoint, await work())
+            owner = self.tenant.id if self.tenant else 0
+            slot = tenants.IdempotencySlot(owner, f"{self.endpoint.method} {self.raw.path}", key)
+            body_hash = self._body_hash()
+            stored = await tenants.claim_slot(connection, slot)
+            if stored is not None:
+                return _replay(stored, body_hash)
+            response = _respond(self.endpoint, await work())
+            if isinstance(response, web.Response) and 200 <= response.status < 300:
+                content = response.body if isinstance(response.body, bytes) else b""
+                await tenants.fill_slot(connection, slot, body_hash, response.status, content)
+            return response
+
+    def _body_hash(self) -> bytes:
+        digest = self._digest.copy()
+        digest.update(b"\0" + self.raw.query_string.encode())
+        return bytes(digest.digest())
 
 
 Answer = Model | Mapping[str, Any] | web.StreamResponse | None
@@ -203,7 +230,8 @@ class Endpoint:
     """One row of the route table.
 
     Path parameters named `id` or `…Id` (other than trackingId) are integers; what is none is 404. `errors` are the
-    refusals beyond those that every endpoint has: (status, code). With `raw_body` the handler reads the body.
+    refusals beyond those that every endpoint has: (status, code). With `raw_body` the handler reads the body, by
+    `Request.chunks`, and opens the transaction, if it is to have one, by `Request.once`.
     """
 
     method: str
@@ -252,7 +280,7 @@ def serve(
     """The aiohttp handler of an endpoint."""
 
     async def handle(raw: web.Request) -> web.StreamResponse:
-        request = Request(ctx, ctx.pool, raw)
+        request = Request(ctx, ctx.pool, raw, endpoint)
         await _authenticate(request, endpoint)
         request.path = _path(raw, endpoint)
         if endpoint.query is not None:
@@ -261,11 +289,8 @@ def serve(
             body = await read_body(raw, endpoint.body_limit)
             request._digest.update(body)
             request.body = _parse(body, endpoint.body) if endpoint.body else None
-        key = _idempotency_key(raw) if endpoint.idempotent else None
-        if endpoint.transaction or endpoint.idempotent:
-            async with ctx.pool.acquire() as connection, connection.transaction():
-                request.db = connection
-                response = await _once(request, endpoint, connection, key)
+        if (endpoint.transaction or endpoint.idempotent) and not endpoint.raw_body:
+            response = await request.once(lambda: endpoint.handler(request))
         else:
             response = _respond(endpoint, await endpoint.handler(request))
         for action in request.after_commit:
@@ -273,35 +298,6 @@ def serve(
         return response
 
     return handle
-
-
-async def _once(
-    request: Request, endpoint: Endpoint, db: Connection, key: str | None
-) -> web.StreamResponse:
-    """Runs the handler, unless what it took effect with is already stored under the key."""
-    if key is None:
-        return _respond(endpoint, await endpoint.handler(request))
-    owner = request.tenant.id if request.tenant else 0
-    slot = tenants.IdempotencySlot(owner, f"{endpoint.method} {request.raw.path}", key)
-    request._digest.update(b"\0" + request.raw.query_string.encode())
-    stored = await tenants.claim_slot(db, slot)
-    if stored is not None:
-        if endpoint.raw_body:
-            async for _ in request.chunks():
-                pass
-        if stored.body_hash != request._digest.digest():
-            raise ApiError(
-                422,
-                "IDEMPOTENCY_MISMATCH",
-                "this Idempotency-Key was used here with another body; take a new key for a new request",
-            )
-        headers = {"Idempotency-Replayed": "true"}
-        return _json(stored.answer, stored.status, headers)
-    response = _respond(endpoint, await endpoint.handler(request))
-    if isinstance(response, web.Response) and 200 <= response.status < 300:
-        content = response.body if isinstance(response.body, bytes) else b""
-        await tenants.fill_slot(db, slot, request._digest.digest(), response.status, content)
-    return response
 
 
 async def _authenticate(request: Request, endpoint: Endpoint) -> None:
@@ -388,6 +384,16 @@ def _idempotency_key(raw: web.Request) -> str | None:
     return key
 
 
+def _replay(stored: tenants.StoredAnswer, body_hash: bytes) -> web.Response:
+    if stored.body_hash != body_hash:
+        raise ApiError(
+            422,
+            "IDEMPOTENCY_MISMATCH",
+            "this Idempotency-Key was used here with another body; take a new key for a new request",
+        )
+    return _json(stored.answer, stored.status, {"Idempotency-Replayed": "true"})
+
+
 def _respond(endpoint: Endpoint, answer: Answer) -> web.StreamResponse:
     if isinstance(answer, web.StreamResponse):
         return answer
@@ -421,7 +427,7 @@ async def frame(
         try:
             response = await handler(request)
         except web.HTTPException as error:
-            response = error if error.status < 400 else _refuse(request, _from_http(request, error))
+            response = _refuse(request, _from_http(request, error))
         except ApiError as error:
             response = _refuse(request, error)
         except Exception as error:

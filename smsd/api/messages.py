@@ -2,15 +2,23 @@
 
 from dataclasses import asdict
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from smsd import campaigns, contacts, queue, text
-from smsd import credits as money
+from smsd import contacts, messages, queue, text
 from smsd.api import refresh
+from smsd.api.checks import (
+    Phone,
+    bad_text,
+    campaign_of,
+    inactive,
+    insufficient,
+    no_sender,
+    read_phone,
+)
 from smsd.api.endpoint import Endpoint, Listing, Model, Page, Request
-from smsd.api.errors import ApiError, invalid, not_found, shown
+from smsd.api.errors import ApiError, invalid, not_found
 from smsd.api.models import Id, SenderId
 from smsd.model import Reason
 
@@ -19,12 +27,6 @@ TEXT_MOST = 1_600
 MessageStatus = Literal[
     "queued", "processing", "accepted", "delivered", "failed", "unknown", "cancelled", "skipped"
 ]
-Phone = Annotated[
-    str,
-    Field(min_length=3, max_length=40, description="E.164, or national of the default country"),
-]
-
-
 # ------------------------------------------------------------------------------------------ shapes
 
 
@@ -73,7 +75,7 @@ class Batch(Model):
     done_at: datetime | None
 
 
-def shape(message: campaigns.Message) -> Message:
+def shape(message: messages.Message) -> Message:
     """The answer of a message."""
     values = asdict(message)
     values["campaign_id"] = message.campaign_id or None
@@ -110,7 +112,7 @@ async def list_messages(req: Request) -> MessagesPage:
     query: MessagesQuery = req.query
     await campaign_of(req)
     phone = None if query.phone is None else read_phone(req, query.phone)
-    found = await campaigns.messages(
+    found = await messages.page(
         req.db, req.id, query.status, phone, query.cursor, query.page_size + 1
     )
     page = found[: query.page_size]
@@ -123,23 +125,15 @@ async def list_messages(req: Request) -> MessagesPage:
 async def list_batches(req: Request) -> Listing[Batch]:
     page: Page = req.query
     await campaign_of(req)
-    found, total = await campaigns.batches(req.db, req.id, page.page_size, page.offset)
+    found, total = await messages.batches(req.db, req.id, page.page_size, page.offset)
     items = [Batch(n=one.size, **_without_size(one)) for one in found]
     return Listing[Batch](items=items, total=total, page=page.page, page_size=page.page_size)
 
 
-def _without_size(batch: campaigns.Batch) -> dict[str, Any]:
+def _without_size(batch: messages.Batch) -> dict[str, Any]:
     values = asdict(batch)
     del values["size"]
     return values
-
-
-async def campaign_of(req: Request) -> campaigns.Campaign:
-    """The campaign of the path's {id}; 404 if the tenant has none of that id."""
-    campaign = await campaigns.get(req.db, req.me.id, req.id)
-    if campaign is None:
-        raise not_found(f"campaign {req.id}")
-    return campaign
 
 
 # ------------------------------------------------------------------------------------- single ones
@@ -181,7 +175,7 @@ async def send_message(req: Request) -> Queued:
     phone = await _contacts_phone(req) if body.phone is None else read_phone(req, body.phone)
     message_id = await send_one(req, phone, body.text, body.sender)
     if body.reference is not None:
-        await campaigns.set_reference(req.db, message_id, body.reference)
+        await messages.set_reference(req.db, message_id, body.reference)
     return Queued(id=message_id, status="queued")
 
 
@@ -215,8 +209,8 @@ async def send_one(req: Request, phone: int, content: str, sender: str | None) -
     return message_id
 
 
-async def _message(req: Request) -> campaigns.Message:
-    message = await campaigns.message(req.db, req.me.id, req.id)
+async def _message(req: Request) -> messages.Message:
+    message = await messages.get(req.db, req.me.id, req.id)
     if message is None:
         raise not_found(f"message {req.id}")
     return message
@@ -228,52 +222,6 @@ async def _contacts_phone(req: Request) -> int:
     if contact is None:
         raise invalid("contactId", contact_id, "the id of a contact; there is none with this")
     return contact.phone
-
-
-# ------------------------------------------------------------------------------- shared refusals
-
-
-def read_phone(req: Request, value: str) -> int:
-    """A phone number of the caller's as E.164 digits; 400 if it is none."""
-    try:
-        return text.normalise_phone(value, req.me.default_country)
-    except text.InvalidPhone as error:
-        details = _detail("phone", value, error)
-        raise ApiError(400, "VALIDATION_ERROR", f"phone: {error}", details) from None
-
-
-def bad_text(field: str, value: str, error: text.TextError) -> ApiError:
-    """400 for a text that cannot be stored or sent."""
-    return ApiError(400, "VALIDATION_ERROR", f"{field}: {error}", _detail(field, value, error))
-
-
-def _detail(field: str, value: str, error: Exception) -> list[dict[str, object]]:
-    return [{"field": field, "value": shown(value), "takes": str(error)}]
-
-
-def inactive() -> ApiError:
-    """403: the tenant may not send."""
-    return ApiError(
-        403,
-        "INACTIVE_SUBSCRIPTION",
-        "the subscription is inactive; nothing can be sent until it is active",
-    )
-
-
-def no_sender() -> ApiError:
-    """400: nobody said whom the message is from."""
-    return ApiError(400, "NO_SENDER", "there is no sender: give one here, or set the tenant's")
-
-
-async def insufficient(req: Request, required: int) -> ApiError:
-    """402, with what is needed and what there is."""
-    state = await money.balance(req.db, req.me.id)
-    return ApiError(
-        402,
-        "INSUFFICIENT_CREDITS",
-        f"this needs {required} credits and {state.available} are available; top up and try again",
-        {"required": required, "available": state.available},
-    )
 
 
 ENDPOINTS = (

@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 
 from aiolimiter import AsyncLimiter
 
-from smsd import campaigns, mitto, queue, tenants
+from smsd import messages, mitto, queue, tenants
 from smsd.api.endpoint import Context
 from smsd.mitto import FetchOutcome
 from smsd.queue import ReceiptRow
@@ -35,7 +35,7 @@ async def ask(ctx: Context, provider_ids: Sequence[str]) -> Refreshed:
     """Asks about each message, for SECONDS_MOST at most, and writes what is news. Holds no connection meanwhile."""
     deadline = mitto.clock() + SECONDS_MOST
     refreshed, rows = 0, list[ReceiptRow]()
-    for account_id, ids in (await campaigns.by_account(ctx.pool, provider_ids)).items():
+    for account_id, ids in (await messages.by_account(ctx.pool, provider_ids)).items():
         asking = await _asking(ctx, account_id, ids, deadline)
         ended = await asyncio.gather(
             *(asking.work() for _ in range(min(_AT_ONCE, len(ids)))), return_exceptions=True

@@ -2,13 +2,14 @@
 
 from typing import Literal, NoReturn
 
-from smsd.api import admin, campaigns, credits, messages, system, webhooks
+from smsd.api import admin, campaigns, credits, messages, sending, system, webhooks
 from smsd.api.endpoint import Endpoint, Request
 from smsd.api.errors import ApiError
 
 ENDPOINTS: tuple[Endpoint, ...] = (
     *admin.ENDPOINTS,
     *campaigns.ENDPOINTS,
+    *sending.ENDPOINTS,
     *messages.ENDPOINTS,
     *credits.ENDPOINTS,
     *webhooks.ENDPOINTS,

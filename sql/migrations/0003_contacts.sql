@@ -94,13 +94,20 @@ end $$;
 -- `offset 0` keeps a look-up a look-up, and comparing (tenant_id, id) as a row keeps the scan in contact_by_tenant (by
 -- contact_pkey it would step over all other tenants).
 
+-- The newest contact of a tenant; null: there is none.
+create function highest_contact(p_tenant bigint) returns bigint language sql stable
+set enable_seqscan = off set enable_incremental_sort = off as $$
+  select id from contact where (tenant_id, id) > (p_tenant, 0) and (tenant_id, id) < (p_tenant + 1, 0)
+   order by tenant_id desc, id desc limit 1
+$$;
+
 -- The same count, from a sample of some 10,000 and the kept sizes where the audience may be larger than
 -- p_exact_up_to. The sample: 50 neighbours at each of 200 places spread evenly over the ids, per list. A contact of
 -- several lists counts with the first of them only (Karp and Luby's estimator of a union).
 create function audience_estimate(p_tenant bigint, p_lists bigint[], p_exclude bigint[], p_gender text,
                                   p_youngest int, p_oldest int, p_as_of date, p_exact_up_to bigint)
 returns bigint language plpgsql stable set plan_cache_mode = force_custom_plan
-set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set enable_incremental_sort = off as $$
 declare
   lists bigint[] := own_lists(p_tenant, p_lists);
   exclude bigint[] := own_lists(p_tenant, p_exclude);
@@ -119,8 +126,7 @@ begin
   end if;
   if everybody then
     select c.id into low from contact c where (c.tenant_id, c.id) >= (p_tenant, 0) order by c.tenant_id, c.id limit 1;
-    select c.id into high from contact c where (c.tenant_id, c.id) < (p_tenant + 1, 0)
-     order by c.tenant_id desc, c.id desc limit 1;
+    high := highest_contact(p_tenant);
     return (
       with sample as (
         select distinct near.*
@@ -167,7 +173,7 @@ create function audience_page(p_tenant bigint, p_lists bigint[], p_exclude bigin
 returns table (id bigint, phone bigint, first_name text, last_name text, email text, gender text, birthday date,
                attributes jsonb, opted_out boolean)
 language plpgsql stable set plan_cache_mode = force_custom_plan
-set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set enable_incremental_sort = off as $$
 #variable_conflict use_column
 declare
   lists bigint[] := own_lists(p_tenant, p_lists);
@@ -211,7 +217,7 @@ end $$;
 -- numbers, disjoint; p_name: a pattern for first and last name. What is not searched is counted by its kept size.
 create function find_contacts(p_tenant bigint, p_list bigint, p_subscribed boolean, p_low bigint[], p_high bigint[],
                               p_name text, p_limit int, p_offset bigint, out total bigint, out ids bigint[])
-language plpgsql stable set plan_cache_mode = force_custom_plan as $$
+language plpgsql stable set plan_cache_mode = force_custom_plan set enable_incremental_sort = off as $$
 begin
   if p_subscribed is null and p_low is null and p_name is null then
     if p_list is null then
@@ -253,7 +259,7 @@ create function import_contacts(p_tenant bigint, p_list bigint, p_phones bigint[
                                 p_last_names text[], p_emails text[], p_genders text[], p_birthdays date[],
                                 p_attributes text[], p_opted_out bigint[])
 returns bigint language plpgsql
-set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set enable_incremental_sort = off as $$
 declare created bigint;
 begin
   if p_list is not null then
@@ -281,7 +287,11 @@ begin
   select count(*) filter (where written.created) into created from written;
   if p_list is not null then
     insert into contact_list_member (list_id, contact_id)
-    select p_list, c.id from unnest(p_phones) phone join contact c on c.tenant_id = p_tenant and c.phone = phone
+    select p_list, c.id
+      from unnest(p_phones) given(phone), lateral (
+             select id from contact
+              where (tenant_id, phone) >= (p_tenant, given.phone) and (tenant_id, phone) <= (p_tenant, given.phone)
+              order by tenant_id, phone limit 1) c
      order by c.id on conflict do nothing;
   end if;
   return created;

@@ -108,9 +108,8 @@ delete from opt_out where tenant_id = $1 and phone = $2 returning phone;
 select name from tenant where id = $1;
 
 -- name: highest_id
--- The newest contact of the tenant; no row: there is none.
-select id from contact where (tenant_id, id) > ($1, 0) and (tenant_id, id) < ($1 + 1, 0)
- order by tenant_id desc, id desc limit 1;
+-- The newest contact of the tenant; null: there is none.
+select highest_contact($1);
 
 -- name: audience_count
 -- Subscribed contacts of the audience, counted.
