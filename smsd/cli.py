@@ -1,11 +1,15 @@
 """The commands. Each is a few lines: what it does stands in the rooms below."""
 
 import asyncio
+import os
+import shutil
 import sys
+import textwrap
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
+import asyncpg
 import orjson
 import typer
 import uvloop
@@ -25,11 +29,19 @@ EX_CONFIG = 78  # sysexits: what systemd is told not to restart for
 def main() -> None:
     """Entry point: an expected failure is one line on stderr, not a traceback."""
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
     except config.ConfigError as error:
         _fail(str(error), EX_CONFIG)
-    except (database.SchemaError, embedded.EmbeddedError) as error:
+    except (database.SchemaError, daemon.ListenError, embedded.EmbeddedError) as error:
         _fail(str(error))
+    except BrokenPipeError:  # whoever read our output has had enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except asyncpg.PostgresError as error:
+        _fail(f"Postgres refuses: {error}")
     except database.AWAY as error:
         _fail(f"the database does not answer ({error}): check SMSD_DATABASE_URL")
 
@@ -62,7 +74,7 @@ def migrate() -> None:
     """Brings the schema up to date, then exits. Safe with many at once."""
 
     async def run() -> None:
-        async with daemon.postgres(_settings()) as dsn:
+        async with daemon.postgres(_settings(), beside=True) as dsn:
             ran = await daemon.migrate(dsn)
         print("\n".join(f"ran {name}" for name in ran) or "the schema is up to date")  # noqa: T201
 
@@ -74,7 +86,7 @@ def audit_(json: Annotated[bool, typer.Option("--json", help="for programs")] = 
     """Checks the invariants that a database can show; exit 1 if one is broken."""
 
     async def run() -> list[audit.Check]:
-        async with daemon.postgres(_settings()) as dsn:
+        async with daemon.postgres(_settings(), beside=True) as dsn:
             connection = await database.connect(dsn)
             try:
                 await database.check_schema(connection)
@@ -86,12 +98,26 @@ def audit_(json: Annotated[bool, typer.Option("--json", help="for programs")] = 
     if json:
         sys.stdout.buffer.write(orjson.dumps([asdict(check) for check in checks]) + b"\n")
     else:
-        for check in checks:
-            verdict = "ok" if not check.broken else f"BROKEN {check.broken:,}"
-            print(f"{check.name:8} {verdict:>12}  of {check.checked:>11,}  {check.promise}")  # noqa: T201
-            if check.example:
-                print(f"{'':24}{check.example}")  # noqa: T201
+        _print_checks(checks)
     sys.exit(any(check.broken for check in checks))
+
+
+def _print_checks(checks: list[audit.Check]) -> None:
+    """A line a check where that fits or nobody looks; what a narrow terminal would break stands below."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 1000
+    for check in checks:
+        verdict = "ok" if not check.broken else f"BROKEN {check.broken:,}"
+        line = f"{check.name:8} {verdict:>12}  of {check.checked:>11,}"
+        below = [check.example] if check.example else []
+        if len(line) + 2 + len(check.promise) <= width:
+            line = f"{line}  {check.promise}"
+        else:
+            line = f"{check.name:8} {verdict} of {check.checked:,}"
+            below.insert(0, check.promise)
+        print(line)  # noqa: T201
+        for text in below:
+            indent = "  " if width < len(f"{check.name:8} {verdict}") + 60 else " " * 24
+            print(textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent))  # noqa: T201
 
 
 @app.command("simulator")

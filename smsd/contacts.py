@@ -328,10 +328,10 @@ async def opt_in(db: Executor, tenant_id: int, phone: int) -> bool:
     return await db.fetchval(SQL["opt_in"], tenant_id, phone) is not None
 
 
-async def tenant_name(db: Executor, tenant_id: int) -> str | None:
-    """The name that recipients are shown."""
-    name: str | None = await db.fetchval(SQL["tenant_name"], tenant_id)
-    return name
+async def sender_to(db: Executor, tenant_id: int, phone: int) -> tuple[str, bool] | None:
+    """Who texts this number, by name, and whether it opted out of that. None: no such tenant."""
+    row = await db.fetchrow(SQL["sender_to"], tenant_id, phone)
+    return (row["name"], row["opted_out"]) if row else None
 
 
 # --------------------------------------------------------------------------------------- audiences

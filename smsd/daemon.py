@@ -30,8 +30,13 @@ from smsd.sender import Sender
 log = structlog.get_logger()
 
 TICK_SECONDS = 1.0
+KEEP_SECONDS = 0.5
 UNWIND_SECONDS = 3.0
 """What is kept of the shutdown budget for closing HTTP, loops and connections."""
+
+
+class ListenError(Exception):
+    """The address cannot be listened on; the one line says which and what to do next."""
 
 
 async def serve(
@@ -41,7 +46,8 @@ async def serve(
     stop: asyncio.Event | None = None,
 ) -> None:
     """Runs until SIGTERM or SIGINT, or until `stop` is set. `on_ready` gets the base URL once campaigns can be sent.
-    Raises SchemaError when the schema does not suit, EmbeddedError when there is no Postgres to be started."""
+    Raises SchemaError when the schema does not suit, EmbeddedError when there is no Postgres to be started,
+    ListenError when somebody else listens already."""
     stop = stop or asyncio.Event()
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(_signals(stop))
@@ -77,6 +83,7 @@ async def serve(
             receipts=inbox, mitto=client, replica=standing,
         )  # fmt: skip
         url = await stack.enter_async_context(_http(context))
+        log.info("http.listening", url=url)
         telemetry.notify_systemd("READY=1")
 
         if not await _before(stop, _prepare(dsn, settings, pool, keys, housekeeping)):
@@ -118,15 +125,44 @@ async def serve(
 
 
 @contextlib.asynccontextmanager
-async def postgres(settings: Settings) -> AsyncIterator[str]:
-    """The database to use: the one of the settings, or an embedded one that lives as long as this context."""
+async def postgres(settings: Settings, *, beside: bool = False) -> AsyncIterator[str]:
+    """The database to use: the one of the settings, or an embedded one that lives as long as this context.
+    beside: the embedded one of a daemon that runs will do."""
     if settings.database_url is not None:
         yield settings.database_url.get_secret_value()
         return
-    server = embedded.Postgres(settings.data_dir.expanduser(), postgres_bin=settings.postgres_bin)
-    async with server:
-        log.info("postgres.started", data_dir=str(settings.data_dir))
-        yield server.dsn
+    data_dir = settings.data_dir.expanduser()
+    if beside and await _answers(embedded.dsn_of(data_dir)):
+        yield embedded.dsn_of(data_dir)
+        return
+    async with embedded.Postgres(data_dir, postgres_bin=settings.postgres_bin) as server:
+        keeping = asyncio.create_task(_keep(server), name="postgres")
+        try:
+            yield server.dsn
+        finally:
+            keeping.cancel()
+            await asyncio.gather(keeping, return_exceptions=True)
+
+
+async def _answers(dsn: str) -> bool:
+    try:
+        connection = await database.connect(dsn)
+    except database.AWAY:
+        return False
+    await connection.close()
+    return True
+
+
+async def _keep(server: embedded.Postgres) -> None:
+    """Brings the embedded Postgres back whenever it has died: it is ours, so nobody else will."""
+    while True:
+        await asyncio.sleep(KEEP_SECONDS)
+        if server.pid is None:
+            log.error("postgres.died", detail=await server.wait_exit())
+            try:
+                await server.start()
+            except embedded.EmbeddedError as error:
+                log.error("postgres.not_started", detail=str(error))
 
 
 async def migrate(dsn: str) -> list[str]:
@@ -176,7 +212,13 @@ async def _http(context: Context) -> AsyncIterator[str]:
     runner = web.AppRunner(api.build(context), access_log=None, shutdown_timeout=2.0)
     await runner.setup()
     try:
-        await web.TCPSite(runner, settings.host, settings.port, backlog=1024).start()
+        try:
+            await web.TCPSite(runner, settings.host, settings.port, backlog=1024).start()
+        except OSError as error:
+            raise ListenError(
+                f"cannot listen on {settings.host}:{settings.port} ({os.strerror(error.errno or 0).lower()}): "
+                "set SMSD_HOST and SMSD_PORT to an address of this machine and a port that is free"
+            ) from None
         port = runner.addresses[0][1]
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         yield f"http://{host}:{port}"

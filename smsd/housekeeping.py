@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 
 import structlog
 
-from smsd import __version__, campaigns, contacts, database, mitto, queue
+from smsd import __version__, campaigns, database, imports, mitto, queue
 from smsd.database import Pool
 
 log = structlog.get_logger()
@@ -123,5 +123,5 @@ async def _wake_stranded(pool: Pool) -> None:
 
 _SLOW: tuple[Callable[[Pool], Awaitable[object]], ...] = (
     _wake_stranded,
-    contacts.drop_stale_uploads,
+    imports.drop_stale_uploads,
 )

@@ -165,7 +165,8 @@ class Caller:
             headers.setdefault("Content-Type", "application/json")
         async with self.client.request(method, path, headers=headers, **options) as response:
             text = await response.text()
-            body = orjson.loads(text) if response.content_type == "application/json" else None
+            is_json = text and response.content_type == "application/json"
+            body = orjson.loads(text) if is_json else None
             return Reply(response.status, body, response.headers, text)
 
     async def get(self, path: str, **options: Any) -> Reply:

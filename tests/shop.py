@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
+from conftest import Api, TenantCaller
+
 from smsd import campaigns, credits, database, expansions, queue, tenants
 from smsd.campaigns import Campaign, Snapshot
 from smsd.expansions import Chunk, Expansion, Rendered, Skipped
@@ -215,3 +217,20 @@ async def until_somebody_waits(pool: database.Pool) -> None:
             "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
         ):
             await asyncio.sleep(0.01)
+
+
+async def shop_of(api: Api, tenant: TenantCaller) -> Shop:
+    """A shop for a tenant of the API."""
+    replica_id = await queue.register(api.ctx.pool, "test", "0")
+    return Shop(api.ctx.pool, tenant.id, tenant.account_id, replica_id)
+
+
+async def add_contacts(pool: database.Pool, tenant_id: int, n: int) -> list[int]:
+    """So many contacts, numbers from PHONE on, all of them called Maria and every second of Athens; their ids."""
+    rows = await pool.fetch(
+        "insert into contact (tenant_id, phone, first_name, attributes) "
+        "select $1, $2 + i, 'Maria', case when i % 2 = 0 then '{\"city\": \"Athens\"}'::jsonb else '{}' end "
+        "from generate_series(0, $3 - 1) i order by i returning id",
+        tenant_id, PHONE, n,
+    )  # fmt: skip
+    return [row["id"] for row in rows]

@@ -282,15 +282,16 @@ def _format(req: Request) -> tuple[str, str]:
 
 
 async def _upload(req: Request) -> bytes:
+    too_large = ApiError(
+        413, "PAYLOAD_TOO_LARGE", f"the body is larger than {UPLOAD_BYTES} bytes; send it in parts"
+    )
+    if (req.raw.content_length or 0) > UPLOAD_BYTES:
+        raise too_large
     body = bytearray()
     async for chunk in req.chunks():
         body += chunk
         if len(body) > UPLOAD_BYTES:
-            raise ApiError(
-                413,
-                "PAYLOAD_TOO_LARGE",
-                f"the body is larger than {UPLOAD_BYTES} bytes; send it in parts",
-            )
+            raise too_large
     return bytes(body)
 
 

@@ -48,6 +48,13 @@ _QUIET = ("/healthz", "/readyz", "/metrics")
 # What Postgres says when somebody else holds a lock for too long, or two stood in each other's way.
 _BUSY = (asyncpg.LockNotAvailableError, asyncpg.TransactionRollbackError)
 
+# What aiohttp says of a body that is not chunked or packed as announced.
+_UNREADABLE = (
+    web.RequestPayloadError,
+    aiohttp.ClientPayloadError,
+    aiohttp.http.HttpProcessingError,
+)
+
 
 # ------------------------------------------------------------------------------------------ models
 
@@ -193,6 +200,10 @@ class Request:
         async for chunk in self.raw.content.iter_any():
             self._digest.update(chunk)
             yield chunk
+
+    def seen(self, data: bytes) -> None:
+        """Bytes of the body that were read otherwise than by `chunks`: what makes two requests the same."""
+        self._digest.update(data)
 
     async def once(self, work: Callable[[], Awaitable["Answer"]]) -> web.StreamResponse:
         """Runs `work` with `db` in a transaction and returns its answer; under an Idempotency-Key that took effect
@@ -352,15 +363,12 @@ async def read_body(raw: web.Request, limit: int) -> bytes:
     """The body, or 413 as soon as it is known to be too large."""
     body = bytearray()
     if (raw.content_length or 0) <= limit:
-        try:
-            async for chunk in raw.content.iter_any():
-                body += chunk
-                if len(body) > limit:
-                    break
-            else:
-                return bytes(body)
-        except (aiohttp.ClientPayloadError, aiohttp.http.HttpProcessingError) as error:
-            raise ApiError(400, "BAD_REQUEST", f"the body cannot be read: {error}") from None
+        async for chunk in raw.content.iter_any():
+            body += chunk
+            if len(body) > limit:
+                break
+        else:
+            return bytes(body)
     raise ApiError(
         413, "PAYLOAD_TOO_LARGE", f"the body is larger than {limit} bytes, the most taken"
     )
@@ -476,6 +484,8 @@ def _from_http(raw: web.Request, error: web.HTTPException) -> ApiError:
 
 
 def _from_surprise(error: Exception) -> ApiError:
+    if isinstance(error, _UNREADABLE):
+        return ApiError(400, "BAD_REQUEST", "the body is not encoded as its headers say")
     if isinstance(error, (*database.AWAY, *_BUSY)):
         log.warning("database.away", error=type(error).__name__)
         return ApiError(503, "QUEUE_UNAVAILABLE", "the database does not answer; try again")

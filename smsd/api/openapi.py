@@ -92,9 +92,8 @@ def document(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
 def _schemas(endpoints: Iterable[Endpoint]) -> tuple[dict[str, Any], _References]:
     wanted: dict[tuple[type[BaseModel], JsonSchemaMode], None] = {}
     for endpoint in endpoints:
-        for model in (endpoint.body, endpoint.query):
-            if model is not None:
-                wanted[model, "validation"] = None
+        if endpoint.body is not None:
+            wanted[endpoint.body, "validation"] = None
         if endpoint.answer is not None:
             wanted[endpoint.answer, "serialization"] = None
     references, definitions = models_json_schema(

@@ -2,17 +2,31 @@
 
 from typing import Literal, NoReturn
 
-from smsd.api import admin, campaigns, credits, messages, sending, system, webhooks
+from smsd.api import (
+    admin,
+    campaigns,
+    contacts,
+    credits,
+    messages,
+    public,
+    sending,
+    system,
+    uploads,
+    webhooks,
+)
 from smsd.api.endpoint import Endpoint, Request
 from smsd.api.errors import ApiError
 
 ENDPOINTS: tuple[Endpoint, ...] = (
     *admin.ENDPOINTS,
+    *contacts.ENDPOINTS,
+    *uploads.ENDPOINTS,
     *campaigns.ENDPOINTS,
     *sending.ENDPOINTS,
     *messages.ENDPOINTS,
     *credits.ENDPOINTS,
     *webhooks.ENDPOINTS,
+    *public.ENDPOINTS,
     *system.ENDPOINTS,
 )
 

@@ -103,9 +103,9 @@ on conflict (tenant_id, phone) do nothing returning phone;
 -- The number may be texted again; no row: it might already.
 delete from opt_out where tenant_id = $1 and phone = $2 returning phone;
 
--- name: tenant_name
--- What a recipient is told of who texts them.
-select name from tenant where id = $1;
+-- name: sender_to
+-- What a recipient is told of who texts them, and whether they opted out of it.
+select name, exists (select from opt_out where tenant_id = $1 and phone = $2) as opted_out from tenant where id = $1;
 
 -- name: highest_id
 -- The newest contact of the tenant; null: there is none.

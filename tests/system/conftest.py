@@ -1,0 +1,48 @@
+"""What the system tests stand on: a whole installation per test; what its daemons said is shown when a test fails."""
+
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from system.harness import Installation
+
+from smsd.simulator import Simulator
+
+pytest.register_assert_rewrite("system.harness")
+
+_SAID = pytest.StashKey[list[tuple[str, str]]]()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """These tests measure: under pytest-xdist they run one after the other."""
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.xdist_group("system"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[Any]:
+    report = yield
+    if report.failed:
+        report.sections += item.stash.get(_SAID, [])
+    return report
+
+
+@pytest.fixture
+async def mitto() -> AsyncIterator[Simulator]:
+    """The simulator, in this process: its ledger is what really happened."""
+    async with Simulator() as simulator:
+        simulator.switches.dlr_batch = 100
+        yield simulator
+
+
+@pytest.fixture
+async def installation(
+    empty_dsn: str, mitto: Simulator, tmp_path: Path, request: pytest.FixtureRequest
+) -> AsyncIterator[Installation]:
+    """An empty database, and nothing that runs yet."""
+    async with Installation(empty_dsn, mitto, tmp_path) as made:
+        request.node.stash[_SAID] = made.said
+        yield made
