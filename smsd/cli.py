@@ -23,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+WIDE = 110  # columns of the longest line of the audit
 EX_CONFIG = 78  # sysexits: what systemd is told not to restart for
 
 
@@ -103,21 +104,19 @@ def audit_(json: Annotated[bool, typer.Option("--json", help="for programs")] = 
 
 
 def _print_checks(checks: list[audit.Check]) -> None:
-    """A line a check where that fits or nobody looks; what a narrow terminal would break stands below."""
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 1000
+    """A line a check; on a terminal that would break it, what is promised stands below."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else WIDE
     for check in checks:
         verdict = "ok" if not check.broken else f"BROKEN {check.broken:,}"
-        line = f"{check.name:8} {verdict:>12}  of {check.checked:>11,}"
-        below = [check.example] if check.example else []
-        if len(line) + 2 + len(check.promise) <= width:
-            line = f"{line}  {check.promise}"
+        if width >= WIDE:
+            print(f"{check.name:8} {verdict:>12}  of {check.checked:>11,}  {check.promise}")  # noqa: T201
+            below = [f"{'':24}{check.example}"] if check.example else []
         else:
-            line = f"{check.name:8} {verdict} of {check.checked:,}"
-            below.insert(0, check.promise)
-        print(line)  # noqa: T201
+            print(f"{check.name:8} {verdict} of {check.checked:,}")  # noqa: T201
+            texts = filter(None, (check.promise, check.example))
+            below = [textwrap.indent(textwrap.fill(text, width - 2), "  ") for text in texts]
         for text in below:
-            indent = "  " if width < len(f"{check.name:8} {verdict}") + 60 else " " * 24
-            print(textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent))  # noqa: T201
+            print(text)  # noqa: T201
 
 
 @app.command("simulator")

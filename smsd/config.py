@@ -7,6 +7,7 @@ it takes.
 
 import ipaddress
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, Self
@@ -16,6 +17,7 @@ from pydantic import Field, SecretStr, ValidationError, field_validator, model_v
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 PREFIX = "SMSD_"
+_HOST = re.compile(r"(\[[^\[\]]*\]|[^:\[\]]*)(:\d{1,5})?")
 
 
 class ConfigError(Exception):
@@ -101,7 +103,12 @@ class Settings(BaseSettings):
     @field_validator("database_url")
     @classmethod
     def _postgres_url(cls, value: SecretStr | None) -> SecretStr | None:
-        if value and urlsplit(value.get_secret_value()).scheme not in ("postgres", "postgresql"):
+        if value is None:
+            return None
+        parts = urlsplit(value.get_secret_value())
+        hosts = parts.netloc.rpartition("@")[2].split(",")
+        suits = all(_HOST.fullmatch(host) for host in hosts)
+        if parts.scheme not in ("postgres", "postgresql") or not suits:
             raise ValueError("takes postgresql://user:password@host:port/database")
         return value
 

@@ -266,6 +266,8 @@ async def _tick() -> None:
 
 
 async def _goodbye(pool: Pool, standing: queue.Standing) -> None:
+    if not standing.replica_id:
+        return
     with contextlib.suppress(*database.AWAY):
         async with asyncio.timeout(2):
             await queue.leave(pool, standing.replica_id, "stopped")

@@ -229,8 +229,8 @@ async def add_contacts(pool: database.Pool, tenant_id: int, n: int) -> list[int]
     """So many contacts, numbers from PHONE on, all of them called Maria and every second of Athens; their ids."""
     rows = await pool.fetch(
         "insert into contact (tenant_id, phone, first_name, attributes) "
-        "select $1, $2 + i, 'Maria', case when i % 2 = 0 then '{\"city\": \"Athens\"}'::jsonb else '{}' end "
-        "from generate_series(0, $3 - 1) i order by i returning id",
+        "select $1, $2::bigint + i, 'Maria', case when i % 2 = 0 then '{\"city\": \"Athens\"}'::jsonb else '{}' end "
+        "from generate_series(0, $3::int - 1) i order by i returning id",
         tenant_id, PHONE, n,
     )  # fmt: skip
     return [row["id"] for row in rows]

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, ConfigDict, Field
 
 from smsd import campaigns, contacts, csvfile, recipients, text
 from smsd.api.checks import bad_text, campaign_of, locked, refused
-from smsd.api.endpoint import Endpoint, Listing, Model, Page, Request
+from smsd.api.endpoint import Answer, Endpoint, Listing, Model, Page, Request
 from smsd.api.errors import ApiError, invalid, not_found
 from smsd.api.models import Id, Name, SenderId
 from smsd.campaigns import Campaign
@@ -225,25 +225,28 @@ class Added(Model):
     errors: list[BadRecipient]
 
 
-async def add_recipients(req: Request) -> Added:
-    _check_draft(await campaign_of(req))
+async def add_recipients(req: Request) -> Answer:
+    await campaign_of(req)
     content_type, charset = _format(req)
     # Whole, before the transaction: one must not wait for a slow upload.
     body = await _upload(req)
-    added = Added(added=0, duplicates=0, invalid=0, errors=[])
-    async with req.ctx.pool.acquire() as db, db.transaction():
-        campaign = await campaigns.lock(db, req.me.id, req.id)
+
+    async def add() -> Added:
+        campaign = await campaigns.lock(req.connection, req.me.id, req.id)
         if campaign is None:
             raise not_found(f"campaign {req.id}")
         _check_draft(campaign)
+        added = Added(added=0, duplicates=0, invalid=0, errors=[])
         blocks = recipients.parse(_pieces(body), content_type, charset, req.me.default_country)
         try:
             async for block in blocks:
-                await _add_block(db, campaign, block, added)
+                await _add_block(req.connection, campaign, block, added)
         except csvfile.HeaderError as error:
             details = [{"field": "body", "value": error.value, "takes": str(error)}]
             raise ApiError(400, "VALIDATION_ERROR", str(error), details) from None
-    return added
+        return added
+
+    return await req.once(add)
 
 
 async def _add_block(
@@ -316,5 +319,5 @@ ENDPOINTS = (
              transaction=True, errors=_STATUS),
     Endpoint("POST", _ONE + "/recipients", add_recipients, "tenant",
              "Recipients of this campaign alone, as NDJSON or CSV, instead of stored contacts", Added,
-             raw_body=True, errors=(*_STATUS, (413, "PAYLOAD_TOO_LARGE"), (415, "UNSUPPORTED_MEDIA_TYPE"))),
+             raw_body=True, idempotent=True, errors=(*_STATUS, (413, "PAYLOAD_TOO_LARGE"), (415, "UNSUPPORTED_MEDIA_TYPE"))),
 )  # fmt: skip

@@ -242,7 +242,8 @@ class Endpoint:
 
     Path parameters named `id` or `…Id` (other than trackingId) are integers; what is none is 404. `errors` are the
     refusals beyond those that every endpoint has: (status, code). With `raw_body` the handler reads the body, by
-    `Request.chunks`, and opens the transaction, if it is to have one, by `Request.once`.
+    `Request.chunks`, and opens the transaction, if it is to have one, by `Request.once`. `media_type` is what a
+    handler answers that makes its answers itself.
     """
 
     method: str
@@ -259,6 +260,7 @@ class Endpoint:
     errors: tuple[tuple[int, str], ...] = ()
     raw_body: bool = False
     body_limit: int = BODY_LIMIT
+    media_type: str = "application/json"
 
     @property
     def numbers(self) -> frozenset[str]:

@@ -174,11 +174,16 @@ def _responses(endpoint: Endpoint, references: _References) -> dict[str, Any]:
     if endpoint.answer is not None:
         schema = references[endpoint.answer, "serialization"]
         success["content"] = {"application/json": {"schema": schema}}
+    elif endpoint.status != 204:
+        success["content"] = {endpoint.media_type: {}}
     codes: dict[int, list[str]] = {}
     for status, code in (*_common_errors(endpoint), *endpoint.errors):
         if code not in codes.setdefault(status, []):
             codes[status].append(code)
-    content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    content: dict[str, Any] = {
+        "application/json": {"schema": {"$ref": "#/components/schemas/Error"}}
+    }
+    content.setdefault(endpoint.media_type, {})
     refusals = {
         str(status): {"description": ", ".join(names), "content": content}
         for status, names in sorted(codes.items())
@@ -196,8 +201,10 @@ def _common_errors(endpoint: Endpoint) -> list[tuple[int, str]]:
         errors.append((403, "ADMIN_DISABLED"))
     if endpoint.parameters:
         errors.append((404, "NOT_FOUND"))
-    if not endpoint.raw_body and endpoint.method != "GET":
-        errors += [(400, "BAD_REQUEST"), (413, "PAYLOAD_TOO_LARGE")]
+    if endpoint.method != "GET":
+        errors.append((400, "BAD_REQUEST"))
+    if endpoint.method != "GET" and not endpoint.raw_body:
+        errors.append((413, "PAYLOAD_TOO_LARGE"))
     if endpoint.idempotent:
         errors.append((422, "IDEMPOTENCY_MISMATCH"))
     return [*errors, (503, "QUEUE_UNAVAILABLE"), (503, "INTERNAL")]

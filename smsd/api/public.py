@@ -133,7 +133,7 @@ def _page(status: int, title: str, content: str) -> web.Response:
 
 ENDPOINTS = (
     Endpoint("GET", "/u/{token}", show_unsubscribe, "public", "The unsubscribe page; changes nothing", None,
-             raw_body=True, errors=((404, "NOT_FOUND"),)),
+             raw_body=True, media_type="text/html", errors=((404, "NOT_FOUND"),)),
     Endpoint("POST", "/u/{token}", unsubscribe, "public", "Opts the recipient out", None, raw_body=True,
-             errors=((404, "NOT_FOUND"),)),
+             media_type="text/html", errors=((404, "NOT_FOUND"),)),
 )  # fmt: skip

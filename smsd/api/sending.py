@@ -23,9 +23,10 @@ from smsd.api.checks import (
     refused,
 )
 from smsd.api.endpoint import Endpoint, Model, Request
-from smsd.api.errors import ApiError, not_found, shown
+from smsd.api.errors import ApiError, invalid, not_found, shown
 from smsd.api.messages import Queued, send_one
 from smsd.campaigns import Campaign, Progress
+from smsd.expander import SEGMENTS_MOST
 from smsd.model import CampaignStatus
 
 SAMPLES = 10
@@ -111,10 +112,11 @@ async def enqueue(req: Request) -> Enqueued:
     _check_unsent(campaign)
     if not tenant.active:
         raise inactive()
-    template = _sendable(campaign)
+    _check_text(campaign)
     sender = campaign.sender or tenant.sender
     if sender is None:
         raise no_sender()
+    template = _sendable(campaign)
     people = await quotes.recipients_of(req, campaign)
     if not people.count:
         raise ApiError(
@@ -175,10 +177,13 @@ def _check_unsent(campaign: Campaign) -> None:
     )
 
 
-def _sendable(campaign: Campaign) -> text.Template:
-    """The text as it will be sent; 400 where there is none, or what looks like a tag is none."""
+def _check_text(campaign: Campaign) -> None:
     if not (campaign.text or "").strip():
         raise ApiError(400, "NO_MESSAGE_TEXT", "the campaign has no messageText; give it one")
+
+
+def _sendable(campaign: Campaign) -> text.Template:
+    """The text as it will be sent; 400 where what looks like a tag is none."""
     template = quotes.template_of(campaign)
     if template.problems:
         details = [
@@ -401,10 +406,13 @@ async def retry_failed(req: Request) -> Retried:
 async def send_test(req: Request) -> Queued:
     phone = read_phone(req, req.body.phone)
     campaign = await campaign_of(req)
+    _check_text(campaign)
     template = _sendable(campaign)
     renderer = quotes.renderer_of(req, campaign, template)
     people = await quotes.recipients_of(req, campaign)
     content = quotes.sample_text(template, renderer, people, phone)
+    if text.segments(content).count > SEGMENTS_MOST:
+        raise invalid("messageText", content, f"a text of at most {SEGMENTS_MOST} segments")
     message_id = await send_one(req, phone, content, campaign.sender)
     return Queued(id=message_id, status="queued")
 

@@ -55,9 +55,12 @@ create function born_until(p_as_of date, p_age int) returns date language sql im
 $$ select (p_as_of - make_interval(years => p_age))::date $$;
 
 -- Subscribed contacts of the audience, counted one by one; for all contacts, those that are left out are counted.
+-- Hash joins, whatever the caller pinned and the planner knows: it reads all, and nested loops would compare each
+-- contact with each member.
 create function audience_count(p_tenant bigint, p_lists bigint[], p_exclude bigint[], p_gender text,
                                p_youngest int, p_oldest int, p_as_of date)
-returns bigint language plpgsql stable set plan_cache_mode = force_custom_plan as $$
+returns bigint language plpgsql stable set plan_cache_mode = force_custom_plan
+set enable_nestloop = off set enable_hashjoin = on set enable_seqscan = on as $$
 declare
   lists bigint[] := own_lists(p_tenant, p_lists);
   exclude bigint[] := own_lists(p_tenant, p_exclude);

@@ -1,17 +1,14 @@
 """What the system tests stand on: a whole installation per test; what its daemons said is shown when a test fails."""
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from system.harness import Installation
 
 from smsd.simulator import Simulator
+from system.harness import Installation
 
-pytest.register_assert_rewrite("system.harness")
-
-_SAID = pytest.StashKey[list[tuple[str, str]]]()
+_INSTALLATION = pytest.StashKey[Installation]()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -23,10 +20,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Iterator[Any]:
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Puts the log of the daemons into the report of a test that failed."""
     report = yield
-    if report.failed:
-        report.sections += item.stash.get(_SAID, [])
+    installation = item.stash.get(_INSTALLATION, None)
+    if report.failed and installation is not None:
+        report.sections += [(f"{one.name} said", one.stderr) for one in installation.daemons]
     return report
 
 
@@ -44,5 +45,5 @@ async def installation(
 ) -> AsyncIterator[Installation]:
     """An empty database, and nothing that runs yet."""
     async with Installation(empty_dsn, mitto, tmp_path) as made:
-        request.node.stash[_SAID] = made.said
+        request.node.stash[_INSTALLATION] = made
         yield made

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Self
 import aiohttp
 import orjson
 
+from smsd import daemon
 from smsd.simulator import Simulator
 
 ADMIN_TOKEN = "token-of-the-operator"
@@ -155,7 +156,6 @@ class Installation:
     mitto: Simulator
     folder: Path
     daemons: list[Daemon] = field(default_factory=list)
-    said: list[tuple[str, str]] = field(default_factory=list)
     _stack: contextlib.AsyncExitStack = field(default_factory=contextlib.AsyncExitStack)
 
     async def __aenter__(self) -> Self:
@@ -164,15 +164,14 @@ class Installation:
 
     async def __aexit__(self, *_: object) -> None:
         await self._stack.aclose()
-        for daemon in self.daemons:
-            if daemon.lives:
-                daemon.signal(signal.SIGTERM)
-        for daemon in self.daemons:
+        for one in self.daemons:
+            if one.lives:
+                one.signal(signal.SIGTERM)
+        for one in self.daemons:
             try:
-                await daemon.ended(10)
+                await one.ended(10)
             except TimeoutError:
-                await daemon.kill()
-            self.said.append((f"{daemon.name} said", daemon.stderr))
+                await one.kill()
 
     def environment(self, **settings: object) -> dict[str, str]:
         """What a process of this installation is started with; settings are names without SMSD_, None leaves one out."""
@@ -196,19 +195,19 @@ class Installation:
 
     # ----------------------------------------------------------------------------------- processes
 
-    async def launch(self, extra: Mapping[str, str] = {}, **settings: object) -> Daemon:
+    async def launch(self, *, extra: Mapping[str, str] = {}, **settings: object) -> Daemon:
         """A `smsd serve` that has only just been started."""
-        daemon = Daemon(f"daemon {len(self.daemons) + 1}")
-        self.daemons.append(daemon)
-        await daemon.start((*SMSD, "serve"), {**self.environment(**settings), **extra})
-        return daemon
+        launched = Daemon(f"daemon {len(self.daemons) + 1}")
+        self.daemons.append(launched)
+        await launched.start((*SMSD, "serve"), {**self.environment(**settings), **extra})
+        return launched
 
-    async def serve(self, extra: Mapping[str, str] = {}, **settings: object) -> Daemon:
+    async def serve(self, *, extra: Mapping[str, str] = {}, **settings: object) -> Daemon:
         """A `smsd serve` that can send; receipts go to it from now on."""
-        daemon = await self.launch(extra, **settings)
-        await daemon.started()
-        self.mitto.receipts.register(f"{daemon.url}/webhooks/mitto/dlr", {}, frozenset())
-        return daemon
+        launched = await self.launch(extra=extra, **settings)
+        await launched.started()
+        self.mitto.receipts.register(f"{launched.url}/webhooks/mitto/dlr", {}, frozenset())
+        return launched
 
     async def command(self, *arguments: str, seconds: float = 60, **settings: object) -> Done:
         """A command of smsd, run to its end."""
@@ -230,8 +229,9 @@ class Installation:
         return Done(process.returncode or 0, out.decode(), err.decode())
 
     async def migrate(self) -> None:
-        done = await self.command("migrate")
-        assert done.code == 0, done.err
+        """What `smsd migrate` does, without the second that a process takes."""
+        assert self.dsn is not None
+        await daemon.migrate(self.dsn)
 
     async def audit(self) -> None:
         """Every invariant that the database can show holds."""
@@ -245,16 +245,16 @@ class Installation:
     # ------------------------------------------------------------------------------------------ HTTP
 
     @property
-    def daemon(self) -> Daemon:
+    def newest(self) -> Daemon:
         """The newest daemon that lives."""
-        return next(daemon for daemon in reversed(self.daemons) if daemon.lives)
+        return next(one for one in reversed(self.daemons) if one.lives)
 
     async def ask(
         self, method: str, path: str, key: str, json: object = None, *, via: Daemon | None = None,
         headers: Mapping[str, str] = {}, data: object = None,
     ) -> Reply:  # fmt: skip
         """One request to a daemon, the newest unless told."""
-        url = (via or self.daemon).url + path
+        url = (via or self.newest).url + path
         given = {"Authorization": f"Bearer {key}", **headers}
         if json is not None:
             data, given["Content-Type"] = orjson.dumps(json), "application/json"
