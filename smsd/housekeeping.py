@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 
 import structlog
 
-from smsd import __version__, campaigns, database, imports, mitto, queue
+from smsd import __version__, campaigns, database, imports, mitto, queue, tenants
 from smsd.database import Pool
 
 log = structlog.get_logger()
@@ -124,4 +124,5 @@ async def _wake_stranded(pool: Pool) -> None:
 _SLOW: tuple[Callable[[Pool], Awaitable[object]], ...] = (
     _wake_stranded,
     imports.drop_stale_uploads,
+    tenants.forget_answers,
 )

@@ -208,7 +208,9 @@ async def withdraw(db: Executor, grant: Grant, why: str) -> bool:
 
 async def arrived_late(db: Executor, account_id: int, grant: Grant) -> None:
     """Keeps a request that may have arrived after its slot in the limiter's window from now on."""
-    await db.execute(SQL["arrived_late"], account_id, grant.tenant_id, grant.slot_us)
+    await db.execute(
+        SQL["arrived_late"], account_id, grant.tenant_id, grant.slot_us, grant.n
+    )
 
 
 async def grant_request(

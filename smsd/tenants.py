@@ -223,10 +223,10 @@ async def change_tenant(
 ) -> Tenant | None:
     """Sets fields by their names here. Inactive pauses what is sending, active again resumes just that. None: no such
     tenant. Raises NoSuchAccount, and AccountInUse for a new account while something is on its way."""
+    await db.execute(SQL["lock_tenant"], tenant_id)
     if "subscription" in changes:
         await db.execute(SQL["lock_campaigns"], tenant_id)
         await db.execute(SQL["lock_expansions"], tenant_id)
-    await db.execute(SQL["lock_tenant"], tenant_id)
     before = await get_tenant(db, tenant_id)
     if before is None:
         return None
@@ -328,6 +328,11 @@ async def fill_slot(
         SQL["store_answer"],
         slot.tenant_id, slot.route, _name(slot.key), body_hash, status, _veil(answer, slot),
     )  # fmt: skip
+
+
+async def forget_answers(db: Executor) -> None:
+    """Deletes answers that are older than two days, up to 5,000 of them."""
+    await db.execute(SQL["forget_answers"])
 
 
 def _name(key: str) -> str:

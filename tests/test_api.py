@@ -18,7 +18,7 @@ from conftest import Api, Caller, Reply, TenantCaller, open_api
 from pydantic import BaseModel
 from structlog.testing import capture_logs
 
-from smsd import config, database, embedded
+from smsd import config, database, embedded, tenants
 from smsd.api import endpoint, errors, openapi, routes
 from smsd.api.endpoint import Context, Endpoint, Model, Page, Request
 
@@ -641,6 +641,16 @@ async def test_an_idempotency_key_that_is_none_is_refused(
 ) -> None:
     assert problems(await grant(api, tenant.id, 5, key))[0][0] == "Idempotency-Key"
     assert await balance(tenant) == 0
+
+
+async def test_an_answer_is_kept_for_a_day_and_not_for_ever(api: Api, tenant: TenantCaller) -> None:
+    age = "update idempotency set created_at = created_at - make_interval(hours => $1)"
+    await grant(api, tenant.id, 5, "k")
+    for hours, replayed in ((25, True), (24, False)):
+        await api.ctx.pool.execute(age, hours)
+        await tenants.forget_answers(api.ctx.pool)
+        reply = await grant(api, tenant.id, 5, "k")
+        assert ("Idempotency-Replayed" in reply.headers) is replayed
 
 
 async def test_neither_key_nor_answer_can_be_read_from_the_database(

@@ -407,10 +407,12 @@ def in_group(birthday: date | None, group: str, as_of: date) -> bool:
 @pytest.fixture
 async def town(pool: Pool) -> Town:
     rng = random.Random(42)
-    lists = []
-    for tenant_id in (1, 2, 3):
-        for name in ("a", "b", "c"):
-            lists.append((await contacts.create_list(pool, tenant_id, name)).id)
+    made_lists = [
+        await contacts.create_list(pool, tenant_id, name)
+        for tenant_id in (1, 2, 3)
+        for name in ("a", "b", "c")
+    ]
+    lists = [one.id for one in made_lists]
     people: dict[int, Person] = {}
     mine = lists[3:6]
     birthdays = [
@@ -462,7 +464,8 @@ async def test_an_audience_is_what_the_rules_say(town: Town) -> None:
         assert counted == sum(not opted_out for opted_out in expected.values()), audience
         estimated = await contacts.audience_estimate(town.pool, town.tenant_id, audience, AS_OF)
         assert estimated == counted
-        rows, after = {}, 0
+        rows: dict[int, bool] = {}
+        after = 0
         while True:
             page = await contacts.audience_page(
                 town.pool, town.tenant_id, audience, AS_OF, after, highest, 17
@@ -507,7 +510,7 @@ async def test_a_tenant_without_contacts_has_no_audience(pool: Pool) -> None:
 
 
 async def test_an_estimate_of_many_is_near(pool: Pool) -> None:
-    n = 120_000
+    n = 112_000
     await pool.execute(
         "insert into contact (tenant_id, phone, gender, birthday) "
         "select 1 + (g % 2), 306900000000 + g, case when g % 3 = 0 then 'male' end, date '1950-01-01' + g % 20000 "
@@ -523,7 +526,13 @@ async def test_an_estimate_of_many_is_near(pool: Pool) -> None:
         "insert into opt_out (tenant_id, phone, source) "
         "select 1, phone, 'sms' from contact where tenant_id = 1 and id % 50 = 2"
     )
-    for audience in audiences([1, 2, 3]):
+    for audience in (
+        Audience(),
+        Audience((), [2], "male"),
+        Audience([1], (), None, "40_plus"),
+        Audience([2, 1], (), "male"),
+        Audience([1, 2], [2]),
+    ):
         exact = await contacts.audience_count(pool, 1, audience, AS_OF)
         estimate = await contacts.audience_estimate(pool, 1, audience, AS_OF)
         # Four standard errors of a share in a sample of 10,000, and what a stratum may hide.

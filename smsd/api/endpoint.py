@@ -74,11 +74,11 @@ class Model(BaseModel):
 
     @model_validator(mode="after")
     def _storable(self) -> Self:
-        aliases = {name: info.alias or name for name, info in type(self).model_fields.items()}
+        fields = type(self).model_fields
         problems = [
             InitErrorDetails(type=PydanticCustomError("unstorable", takes), loc=loc, input=value)
             for name, content in self.__dict__.items()
-            for loc, value, takes in _unstorable(content, (aliases.get(name, name),))
+            for loc, value, takes in _unstorable(content, (fields[name].alias or name,))
         ]
         if problems:
             raise ValidationError.from_exception_data(type(self).__name__, problems)

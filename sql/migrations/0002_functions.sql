@@ -59,12 +59,13 @@ $$;
 -- The lane becomes non-empty: in a transaction of its own, or as the last statement of a short one.
 -- `wakes` is what tells a claim that has just found nothing that it looked too early.
 create function wake_lane(p_lane bigint, p_first bigint) returns void language plpgsql as $$
-declare was_idle boolean; account bigint;
+declare asleep boolean; account bigint;
 begin
-  select idle, account_id into was_idle, account from lane where id = p_lane for no key update;
+  select idle or not_before > clock_us(), account_id into asleep, account
+    from lane where id = p_lane for no key update;
   update lane set idle = false, not_before = 0, cursor = least(cursor, p_first), wakes = wakes + 1
    where id = p_lane;
-  if was_idle then perform pg_notify('smsd_lane', account::text); end if;
+  if asleep then perform pg_notify('smsd_lane', account::text); end if;
 end $$;
 
 -- ------------------------------------------------------------------------------------------- limits
@@ -86,6 +87,7 @@ begin
     r.closed_until := now_ + 1035000 + p_horizon;
     update rate set ts = '{}', cum = '{}', base = 0, last = now_, last_cost = 0, closed_until = r.closed_until
      where scope = p_scope and id = p_id;
+    if p_scope = 1 then update lane set not_before = 0 where account_id = p_id and not_before > now_; end if;
   end if;
   k := width_bucket(now_ - 1035000, r.ts);
   if k > 0 then r.base := r.cum[k]; r.ts := r.ts[k + 1:]; r.cum := r.cum[k + 1:]; end if;
@@ -122,7 +124,7 @@ create function rate_keep(r rate) returns void language sql as $$
    where scope = r.scope and id = r.id
 $$;
 
--- A grant that was not used: taken out of every log that it stands in.
+-- A grant that was not used: taken out of every log that it stands in. One that has left the window stands in none.
 create function give_back(p_account bigint, p_tenant bigint, p_slot bigint, p_n int) returns void
 language plpgsql as $$
 declare r rate; i int; c int;
@@ -131,6 +133,7 @@ begin
             where (scope = 0 and id = 0) or (scope in (1, 2) and id = p_account) or (scope in (3, 4) and id = p_tenant)
             order by case scope when 1 then 0 when 0 then 1 else scope end for no key update
   loop
+    continue when p_slot <= clock_us() - 1035000;
     i := width_bucket(p_slot - 1, r.ts) + 1;
     continue when i > coalesce(array_length(r.ts, 1), 0);
     c := case when r.scope in (2, 4) then p_n else 1 end;
@@ -139,24 +142,27 @@ begin
   end loop;
 end $$;
 
--- A POST whose answer shows that it may have arrived after its slot and the guard: its entry stays in the window
--- as if it had left when the answer came.
-create function arrived_late(p_account bigint, p_tenant bigint, p_slot bigint, p_until bigint) returns void
+-- A POST whose answer shows that it may have arrived after its slot and the guard: it is counted as if it had left
+-- when the answer came, even if its slot has left the window.
+create function arrived_late(p_account bigint, p_tenant bigint, p_slot bigint, p_n int, p_until bigint) returns void
 language plpgsql as $$
-declare r rate; i int;
+declare r rate; k int; c int;
 begin
+  perform give_back(p_account, p_tenant, p_slot, p_n);
   for r in select * from rate
             where (scope = 0 and id = 0) or (scope in (1, 2) and id = p_account) or (scope in (3, 4) and id = p_tenant)
             order by case scope when 1 then 0 when 0 then 1 else scope end for no key update
   loop
-    i := width_bucket(p_slot - 1, r.ts) + 1;
-    continue when i > coalesce(array_length(r.ts, 1), 0);
-    for j in i .. array_length(r.ts, 1) loop
-      exit when r.ts[j] >= p_until;
-      r.ts[j] := p_until;
-    end loop;
-    update rate set ts = r.ts, last = greatest(last, r.ts[array_length(r.ts, 1)])
-     where scope = r.scope and id = r.id;
+    c := case when r.scope in (2, 4) then p_n else 1 end;
+    k := width_bucket(p_until, r.ts);
+    for j in k + 1 .. coalesce(array_length(r.ts, 1), 0) loop r.cum[j] := r.cum[j] + c; end loop;
+    if k > 0 and r.ts[k] / 8000 = p_until / 8000 then
+      r.ts[k] := p_until; r.cum[k] := r.cum[k] + c;
+    else
+      r.cum := r.cum[:k] || (case when k > 0 then r.cum[k] else r.base end + c) || r.cum[k + 1:];
+      r.ts := r.ts[:k] || p_until || r.ts[k + 1:];
+    end if;
+    update rate set ts = r.ts, cum = r.cum, last = greatest(last, p_until) where scope = r.scope and id = r.id;
   end loop;
 end $$;
 
@@ -247,8 +253,9 @@ begin
       end if;
       if not found then                                 -- unless somebody woke it since we looked
         select min(not_before) into due from batch where lane_id = l.id and state = 1;
-        update lane set idle = due is null, not_before = coalesce(to_us(due), 0)
+        update lane set idle = due is null, not_before = coalesce(to_us(due) + p_horizon, 0)
          where id = l.id and wakes = l.wakes;
+        if not found then back := now_; end if;
         continue;
       end if;
       most := least(b.n, acc.largest_request, acc.messages_per_second, l.mps);
@@ -276,7 +283,7 @@ begin
       end if;
       if st > s then                                    -- stepped over: the account's slot is not spent on it
         update lane set not_before = st where id = l.id;
-        back := least(back, st - p_horizon / 2); why := 'tenant_limit';
+        back := least(back, st - p_lead); why := 'tenant_limit';
         continue;
       end if;
       a := rate_take(a, s, 1);
@@ -311,10 +318,11 @@ begin
     if acc.messages_per_second is not null then perform rate_keep(am); end if;
     return;
   end if;
-  if back is null then
-    select min(not_before) - p_horizon / 2, 'retry' into back, why from lane
+  if back is null then                                  -- what sleeps is looked at a horizon before its not_before
+    select min(not_before) - p_horizon into back from lane
      where account_id = p_account and not idle and not paused and not closed and not_before > 0
        and (class = 0 or not p_priority_only);
+    if back is not null then why := 'retry'; end if;
   end if;
   return query select null::bigint, 0, 0::bigint, 0::bigint, 0,
                       case when back is not null then greatest(back, now_ + 1000) end, now_, coalesce(why, 'work');
@@ -453,6 +461,7 @@ begin
            reason = case u.state when 40 then 'refused_by_provider' when 5 then 'unreadable_answer' end
       from u
      where m.campaign_id = b.campaign_id and m.id = u.id and m.state is null
+       and m.id between b.first_id and b.last_id        -- or a table never analysed is read whole, for every batch
     returning m.state, m.segments)
   select count(*) filter (where state = 10), count(*) filter (where state = 40), count(*) filter (where state = 5),
          coalesce(sum(segments) filter (where state = 10), 0), coalesce(sum(segments) filter (where state = 40), 0)

@@ -99,7 +99,7 @@ end $$;
 
 -- The newest contact of a tenant; null: there is none.
 create function highest_contact(p_tenant bigint) returns bigint language sql stable
-set enable_seqscan = off set enable_incremental_sort = off as $$
+set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off set enable_incremental_sort = off as $$
   select id from contact where (tenant_id, id) > (p_tenant, 0) and (tenant_id, id) < (p_tenant + 1, 0)
    order by tenant_id desc, id desc limit 1
 $$;
@@ -110,7 +110,8 @@ $$;
 create function audience_estimate(p_tenant bigint, p_lists bigint[], p_exclude bigint[], p_gender text,
                                   p_youngest int, p_oldest int, p_as_of date, p_exact_up_to bigint)
 returns bigint language plpgsql stable set plan_cache_mode = force_custom_plan
-set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set enable_incremental_sort = off as $$
+set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off
+set enable_material = off set enable_sort = off set enable_incremental_sort = off as $$
 declare
   lists bigint[] := own_lists(p_tenant, p_lists);
   exclude bigint[] := own_lists(p_tenant, p_exclude);
@@ -139,10 +140,11 @@ begin
                     and (c.tenant_id, c.id) <= (p_tenant, high)
                   order by c.tenant_id, c.id limit 50) near)
       select round(most::numeric * count(*) filter (
-               where person_matches(s.gender, s.birthday, p_gender, until, after) and o.phone is null
+               where person_matches(s.gender, s.birthday, p_gender, until, after)
+                 and not exists (select from opt_out o where o.tenant_id = p_tenant and o.phone = s.phone offset 0)
                  and not exists (select from unnest(exclude) e join contact_list_member x on x.list_id = e
                                   where x.contact_id = s.id offset 0)) / count(*))
-        from sample s left join opt_out o on o.tenant_id = p_tenant and o.phone = s.phone);
+        from sample s);
   end if;
   places := greatest(200 / cardinality(lists), 20);
   return (
@@ -159,12 +161,12 @@ begin
                 order by m.contact_id limit 50) near),
     part as (
       select s.size::numeric * count(*) filter (
-               where person_matches(c.gender, c.birthday, p_gender, until, after) and o.phone is null
+               where person_matches(c.gender, c.birthday, p_gender, until, after)
+                 and not exists (select from opt_out o where o.tenant_id = p_tenant and o.phone = c.phone offset 0)
                  and not exists (select from unnest(lists[:s.place - 1] || exclude) e
                                    join contact_list_member x on x.list_id = e
                                   where x.contact_id = s.contact_id offset 0)) / count(*) as n
         from sample s join contact c on c.id = s.contact_id
-        left join opt_out o on o.tenant_id = p_tenant and o.phone = c.phone
        group by s.list_id, s.place, s.size)
     select round(coalesce(sum(n), 0)) from part);
 end $$;
@@ -176,7 +178,8 @@ create function audience_page(p_tenant bigint, p_lists bigint[], p_exclude bigin
 returns table (id bigint, phone bigint, first_name text, last_name text, email text, gender text, birthday date,
                attributes jsonb, opted_out boolean)
 language plpgsql stable set plan_cache_mode = force_custom_plan
-set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set enable_incremental_sort = off as $$
+set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off
+set enable_material = off set enable_sort = off set enable_incremental_sort = off as $$
 #variable_conflict use_column
 declare
   lists bigint[] := own_lists(p_tenant, p_lists);
@@ -187,20 +190,19 @@ begin
   if cardinality(p_lists) = 0 then
     return query
       select c.id, c.phone, c.first_name, c.last_name, c.email, c.gender, c.birthday, c.attributes,
-             o.phone is not null
+             exists (select from opt_out o where o.tenant_id = p_tenant and o.phone = c.phone offset 0)
         from (select c.* from contact c
                where (c.tenant_id, c.id) > (p_tenant, p_after) and (c.tenant_id, c.id) <= (p_tenant, p_highest)
                  and person_matches(c.gender, c.birthday, p_gender, until, after)
                  and not exists (select from unnest(exclude) e join contact_list_member x on x.list_id = e
                                   where x.contact_id = c.id offset 0)
                order by c.tenant_id, c.id limit p_limit) c
-        left join opt_out o on o.tenant_id = p_tenant and o.phone = c.phone
        order by c.id;
     return;
   end if;
   return query
     select c.id, c.phone, c.first_name, c.last_name, c.email, c.gender, c.birthday, c.attributes,
-           o.phone is not null
+           exists (select from opt_out o where o.tenant_id = p_tenant and o.phone = c.phone offset 0)
       from (select distinct near.contact_id
               from unnest(lists) l(id), lateral (
                      select m.contact_id from contact_list_member m join contact c on c.id = m.contact_id
@@ -212,7 +214,6 @@ begin
                       order by m.contact_id limit p_limit) near
              order by near.contact_id limit p_limit) near
       join contact c on c.id = near.contact_id
-      left join opt_out o on o.tenant_id = p_tenant and o.phone = c.phone
      order by c.id;
 end $$;
 
@@ -262,7 +263,8 @@ create function import_contacts(p_tenant bigint, p_list bigint, p_phones bigint[
                                 p_last_names text[], p_emails text[], p_genders text[], p_birthdays date[],
                                 p_attributes text[], p_opted_out bigint[])
 returns bigint language plpgsql
-set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set enable_incremental_sort = off as $$
+set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off
+set enable_material = off set enable_sort = off set enable_incremental_sort = off as $$
 declare created bigint;
 begin
   if p_list is not null then

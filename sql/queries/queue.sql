@@ -43,7 +43,7 @@ select withdraw($1, $2, $3);
 
 -- name: arrived_late
 -- What may have arrived after its slot stays in the limiter's window until now.
-select arrived_late($1, $2, $3, clock_us());
+select arrived_late($1, $2, $3, $4, clock_us());
 
 -- name: settle_items
 -- Mitto's answer item by item: states, ids, credits, counters. False after a newer attempt.

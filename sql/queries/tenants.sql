@@ -102,7 +102,7 @@ select exists (select from campaign where tenant_id = $1 and status in ('sending
     or exists (select from lane l join batch b on b.lane_id = l.id and b.state < 10 where l.tenant_id = $1);
 
 -- name: lock_campaigns
--- Campaigns come first in the order of locks, all of them before what follows from any.
+-- After the tenant campaigns come in the order of locks, all of them before what follows from any.
 select from campaign where tenant_id = $1 and status in ('sending', 'paused') order by id for no key update;
 
 -- name: lock_expansions
@@ -156,6 +156,12 @@ select body_hash, status, answer from idempotency where tenant_id = $1 and route
 -- name: store_answer
 -- What took effect, in the transaction in which it did.
 insert into idempotency (tenant_id, route, key, body_hash, status, answer) values ($1, $2, $3, $4, $5, $6);
+
+-- name: forget_answers
+-- Answers older than two days (one is promised), some at a time.
+delete from idempotency where (tenant_id, route, key) in (
+  select tenant_id, route, key from idempotency
+   where created_at < clock_timestamp() - interval '48 hours' order by created_at limit 5000 for update skip locked);
 
 -- name: lock_signing_keys
 -- One at a time makes the first key.

@@ -377,7 +377,15 @@ class Campaign:
         return self._checked(reply.body)
 
     async def status(self, via: Daemon | None = None) -> Any:
+        status = await self._look(via)
+        assert status is not None, "the database is away"
+        return status
+
+    async def _look(self, via: Daemon | None = None) -> Any:
+        """The status, None while the database is away."""
         reply = await self.ask("GET", "status", via=via)
+        if reply.status == 503:
+            return None
         assert reply.status == 200, reply.body
         self.looks += 1
         return self._checked(reply.body)
@@ -397,14 +405,14 @@ class Campaign:
         return status
 
     async def until(self, holds: Callable[[Any], bool], seconds: float = 60) -> Any:
-        """Its status, once something holds of it. A daemon that is just dying may not answer."""
+        """Its status, once something holds of it. A daemon that is dying or without its database may not tell."""
         status: Any = None
         try:
             async with asyncio.timeout(seconds):
                 while True:
                     with contextlib.suppress(aiohttp.ClientError):
-                        status = await self.status()
-                        if holds(status):
+                        status = await self._look()
+                        if status is not None and holds(status):
                             return status
                     await asyncio.sleep(LOOK_SECONDS)
         except TimeoutError:
