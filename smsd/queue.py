@@ -208,9 +208,7 @@ async def withdraw(db: Executor, grant: Grant, why: str) -> bool:
 
 async def arrived_late(db: Executor, account_id: int, grant: Grant) -> None:
     """Keeps a request that may have arrived after its slot in the limiter's window from now on."""
-    await db.execute(
-        SQL["arrived_late"], account_id, grant.tenant_id, grant.slot_us, grant.n
-    )
+    await db.execute(SQL["arrived_late"], account_id, grant.tenant_id, grant.slot_us, grant.n)
 
 
 async def grant_request(
@@ -292,7 +290,7 @@ async def settle_batch(
     refusal: str | None = None,
 ) -> str:
     """Writes one outcome for the whole batch. action: again | back | refused | unknown (see the function in SQL);
-    returns ready | waiting | failed | unknown | split | lane_paused | cancelled | duplicate."""
+    returns ready | waiting | failed | unknown | split | lane_paused | cancelled | late | settled."""
     return str(
         await db.fetchval(
             SQL["settle_batch"],

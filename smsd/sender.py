@@ -379,7 +379,8 @@ class _Account:
         self.sending: set[asyncio.Task[None]] = set()
         self._least = settings.worker_concurrency
         self._window = float(settings.worker_concurrency)
-        self._places: dict[int, float] = {}  # batch → when it was claimed
+        # When each was claimed. By grant, not by batch: one that was given back may be here again already.
+        self._places: dict[queue.Grant, float] = {}
         self._messages = 0
         self._seconds = Recent(0.05)
         self._fastest = math.inf
@@ -411,7 +412,7 @@ class _Account:
         self._window = max(1.0, self._window / 2)
 
     def start(self, grant: queue.Grant, send: Coroutine[Any, Any, None]) -> None:
-        self._places[grant.batch_id] = mitto.clock()
+        self._places[grant] = mitto.clock()
         self._messages += grant.n
         task = asyncio.create_task(send, name=f"batch {grant.batch_id}")
         self.sending.add(task)
@@ -423,7 +424,7 @@ class _Account:
 
     def answered(self, grant: queue.Grant, result: mitto.Result) -> None:
         """The request is over: its place is free, and the breaker hears of it."""
-        claimed_at = self._places.pop(grant.batch_id)
+        claimed_at = self._places.pop(grant)
         self.news.set()
         if result.outcome is Outcome.NEVER_LEFT:
             if (
@@ -456,7 +457,7 @@ class _Account:
 
     def release(self, grant: queue.Grant) -> None:
         """The batch is settled or given back."""
-        self._places.pop(grant.batch_id, None)
+        self._places.pop(grant, None)
         self._messages -= grant.n
         self.news.set()
 

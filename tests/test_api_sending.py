@@ -1,7 +1,7 @@
 """Sending over HTTP: preview, the one moment of enqueue, and what may be done while and after it is sent."""
 
 import asyncio
-from datetime import datetime
+from datetime import date, datetime
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ from shop import (
     add_contacts,
     check_the_account,
     shop_of,
+    until_somebody_waits,
 )
 
 from smsd import campaigns, contacts, queue
@@ -157,26 +158,23 @@ async def test_the_batch_size_follows_size_and_limits(api: Api, db: Pool) -> Non
 # ------------------------------------------------------------------------------ refusals of enqueue
 
 
-@pytest.mark.parametrize(
-    ("fields", "code"),
-    [
+async def test_a_campaign_that_cannot_be_sent_says_what_is_missing(
+    me: TenantCaller, db: Pool
+) -> None:
+    await add_contacts(db, me.id, 3)
+    for fields, code in (
         ({"messageText": None}, "NO_MESSAGE_TEXT"),
         ({"messageText": " \n"}, "NO_MESSAGE_TEXT"),
         ({"messageText": "Hi {{firstName}"}, "VALIDATION_ERROR"),
         ({"messageText": "Hi {{}}"}, "VALIDATION_ERROR"),
         ({"filterGender": "male"}, "NO_RECIPIENTS"),
-    ],
-)
-async def test_a_campaign_that_cannot_be_sent_says_what_is_missing(
-    me: TenantCaller, db: Pool, fields: dict[str, Any], code: str
-) -> None:
-    await add_contacts(db, me.id, 3)
-    campaign_id = await draft(me, **fields)
-    reply = await enqueue(me, campaign_id)
-    assert (reply.status, reply.body["code"]) == (400, code)
-    if code == "VALIDATION_ERROR":
-        assert reply.body["details"][0]["field"] == "messageText"
-    assert (await status(me, campaign_id))["campaign"]["status"] == "draft"
+    ):
+        campaign_id = await draft(me, **fields)
+        reply = await enqueue(me, campaign_id)
+        assert (reply.status, reply.body["code"]) == (400, code), fields
+        if code == "VALIDATION_ERROR":
+            assert reply.body["details"][0]["field"] == "messageText"
+        assert (await status(me, campaign_id))["campaign"]["status"] == "draft"
     assert await untouched(db)
 
 
@@ -190,25 +188,20 @@ async def test_somebody_must_be_the_sender(api: Api, db: Pool) -> None:
     assert (await enqueue(tenant, campaign_id)).status == 202
 
 
-@pytest.mark.parametrize(
-    ("standing", "code"),
-    [
+async def test_a_campaign_is_sent_once(me: TenantCaller, db: Pool) -> None:
+    await add_contacts(db, me.id, 3)
+    campaign_id = await draft(me)
+    for standing, code in (
         ("sending", "ALREADY_SENDING"),
         ("paused", "ALREADY_SENDING"),
         ("completed", "INVALID_STATUS"),
         ("failed", "INVALID_STATUS"),
         ("cancelled", "INVALID_STATUS"),
-    ],
-)
-async def test_a_campaign_is_sent_once(
-    me: TenantCaller, db: Pool, standing: str, code: str
-) -> None:
-    await add_contacts(db, me.id, 3)
-    campaign_id = await draft(me)
-    await db.execute("update campaign set status = $1", standing)
-    reply = await enqueue(me, campaign_id)
-    assert (reply.status, reply.body["code"]) == (409, code)
-    assert reply.body["currentStatus"] == standing
+    ):
+        await db.execute("update campaign set status = $1", standing)
+        reply = await enqueue(me, campaign_id)
+        assert (reply.status, reply.body["code"]) == (409, code)
+        assert reply.body["currentStatus"] == standing
     assert await untouched(db)
 
 
@@ -229,6 +222,25 @@ async def test_an_inactive_tenant_sends_nothing(api: Api, me: TenantCaller, db: 
     await api.admin.patch(f"/api/admin/tenants/{me.id}", {"subscription": "active"})
     assert (await status(me, sending))["campaign"]["status"] == "sending"
     assert (await enqueue(me, campaign_id)).status == 202
+
+
+async def test_a_tenant_made_inactive_at_the_very_moment_of_an_enqueue_sends_nothing(
+    api: Api, me: TenantCaller, db: Pool
+) -> None:
+    campaign_id = await draft(me)
+    snapshot = campaigns.Snapshot("contacts", "Shop", "Hi", date(2026, 1, 1), 100, 9, 5, 5)
+    async with db.acquire() as connection, connection.transaction():
+        await campaigns.keep_tenant(connection, me.id)
+        campaign = await campaigns.lock(connection, me.id, campaign_id)
+        assert campaign is not None
+        patching = asyncio.create_task(
+            api.admin.patch(f"/api/admin/tenants/{me.id}", {"subscription": "inactive"})
+        )
+        await until_somebody_waits(db)
+        await campaigns.begin(connection, campaign, me.account_id, snapshot)
+    assert (await patching).status == 200
+    shown = (await status(me, campaign_id))["campaign"]
+    assert (shown["status"], shown["pausedReason"]) == ("paused", "INACTIVE_SUBSCRIPTION")
 
 
 async def test_refusals_come_in_their_order(api: Api, db: Pool) -> None:
@@ -351,32 +363,27 @@ async def test_a_preview_links_to_this_recipient_alone(me: TenantCaller, db: Poo
     assert links[0][1] != links[1][1]
 
 
-@pytest.mark.parametrize(
-    ("fields", "words"),
-    [
-        ({"messageText": None}, ["messageText"]),
-        ({"messageText": "Hi {{firstName"}, ["begins no tag"]),
-        ({"messageText": "Hi {{surname}}"}, ["'surname'", "first 4"]),
-        ({"messageText": "Hi {{lastName}}"}, ["4 of the first 4", "{{lastname}}", "missing_value"]),
-        ({"messageText": "Hi {{city}}"}, ["2 of the first 4", "{{city}}", "default"]),
-        ({"messageText": "Hi {{link}}"}, ["{{link}}"]),
-        ({"messageText": "Γειά σου {{firstName}}"}, ["4 of 4 texts", "UCS-2", "'ά' (U+03AC)"]),
-        ({"messageText": "“Hi”"}, ["UCS-2", "'“' (U+201C), '”' (U+201D)"]),
-        ({"messageText": "x" * 161}, ["up to 2 segments", "2.0 on average"]),
-        ({"messageText": "x" * 2_000}, ["more than 10 segments", "text_too_long"]),
-    ],
-    ids=lambda value: str(value)[:30],
-)
-async def test_a_preview_tells_what_is_odd(
-    me: TenantCaller, db: Pool, fields: dict[str, Any], words: list[str]
-) -> None:
+ODD: list[tuple[dict[str, Any], list[str]]] = [
+    ({"messageText": None}, ["messageText"]),
+    ({"messageText": "Hi {{firstName"}, ["begins no tag"]),
+    ({"messageText": "Hi {{surname}}"}, ["'surname'", "first 4"]),
+    ({"messageText": "Hi {{lastName}}"}, ["4 of the first 4", "{{lastname}}", "missing_value"]),
+    ({"messageText": "Hi {{city}}"}, ["2 of the first 4", "{{city}}", "default"]),
+    ({"messageText": "Hi {{link}}"}, ["{{link}}"]),
+    ({"messageText": "Γειά σου {{firstName}}"}, ["4 of 4 texts", "UCS-2", "'ά' (U+03AC)"]),
+    ({"messageText": "“Hi”"}, ["UCS-2", "'“' (U+201C), '”' (U+201D)"]),
+    ({"messageText": "x" * 161}, ["up to 2 segments", "2.0 on average"]),
+    ({"messageText": "x" * 2_000}, ["more than 10 segments", "text_too_long"]),
+]
+
+
+async def test_a_preview_tells_what_is_odd(me: TenantCaller, db: Pool) -> None:
     await add_contacts(db, me.id, 4)
-    campaign_id = await draft(me, **fields)
-    reply = await me.get(f"/api/campaigns/{campaign_id}/preview")
-    assert reply.status == 200
-    assert any(all(word in problem for word in words) for problem in reply.body["problems"]), (
-        reply.body["problems"]
-    )
+    for fields, words in ODD:
+        reply = await me.get(f"/api/campaigns/{await draft(me, **fields)}/preview")
+        assert reply.status == 200
+        problems = reply.body["problems"]
+        assert any(all(word in problem for word in words) for problem in problems), problems
 
 
 async def test_a_preview_of_nobody_has_no_samples(me: TenantCaller) -> None:
@@ -473,25 +480,24 @@ async def test_pause_resume_and_cancel_answer_with_the_status(api: Api, me: Tena
     await check_the_account(shop, campaign_id)
 
 
-@pytest.mark.parametrize("action", ["pause", "resume", "cancel", "retry-failed"])
-async def test_a_draft_can_only_be_sent(me: TenantCaller, action: str) -> None:
-    reply = await act(me, await draft(me), action)
-    assert (reply.status, reply.body["code"], reply.body["currentStatus"]) == (
-        409, "INVALID_STATUS", "draft",
-    )  # fmt: skip
+async def test_a_draft_can_only_be_sent(me: TenantCaller) -> None:
+    campaign_id = await draft(me)
+    for action in ("pause", "resume", "cancel", "retry-failed"):
+        reply = await act(me, campaign_id, action)
+        assert (reply.status, reply.body["code"]) == (409, "INVALID_STATUS")
+        assert reply.body["currentStatus"] == "draft"
 
 
-@pytest.mark.parametrize("reason", ["INSUFFICIENT_CREDITS", "REFUSED_BY_PROVIDER"])
-async def test_a_person_may_resume_what_a_machine_paused(
-    api: Api, me: TenantCaller, reason: str
-) -> None:
+async def test_a_person_may_resume_what_a_machine_paused(api: Api, me: TenantCaller) -> None:
     campaign_id, _ = await sent_campaign(api, me)
-    await api.ctx.pool.execute("select pause_campaign($1, $2, 'why')", campaign_id, reason)
-    shown = (await status(me, campaign_id))["campaign"]
-    assert (shown["pausedReason"], shown["pausedDetail"]) == (reason, "why")
-    reply = await act(me, campaign_id, "resume")
-    assert (reply.status, reply.body["campaign"]["status"]) == (200, "sending")
-    assert "expander" in api.nudges
+    for reason in ("INSUFFICIENT_CREDITS", "REFUSED_BY_PROVIDER"):
+        api.nudges.clear()
+        await api.ctx.pool.execute("select pause_campaign($1, $2, 'why')", campaign_id, reason)
+        shown = (await status(me, campaign_id))["campaign"]
+        assert (shown["pausedReason"], shown["pausedDetail"]) == (reason, "why")
+        reply = await act(me, campaign_id, "resume")
+        assert (reply.status, reply.body["campaign"]["status"]) == (200, "sending")
+        assert api.nudges == ["expander"]
 
 
 async def test_failures_are_retried_once_and_paid_again(api: Api, me: TenantCaller) -> None:
@@ -551,21 +557,18 @@ async def test_a_test_without_any_recipient_shows_the_tags_by_name(me: TenantCal
     assert (await me.get(f"/api/messages/{reply.body['id']}")).body["text"] == "Hi firstname city"
 
 
-@pytest.mark.parametrize(
-    ("fields", "phone", "status_", "code"),
-    [
+async def test_a_test_that_cannot_be_sent_says_why(me: TenantCaller, db: Pool) -> None:
+    phone = "+306944123456"
+    cases: list[tuple[dict[str, Any], str | None, int, str]] = [
         ({}, "bad", 400, "VALIDATION_ERROR"),
         ({}, None, 400, "VALIDATION_ERROR"),
-        ({"messageText": None}, "+306944123456", 400, "NO_MESSAGE_TEXT"),
-        ({"messageText": "Hi {{"}, "+306944123456", 400, "VALIDATION_ERROR"),
-        ({"messageText": "x" * 2_000}, "+306944123456", 400, "VALIDATION_ERROR"),
-    ],
-)
-async def test_a_test_that_cannot_be_sent_says_why(
-    me: TenantCaller, db: Pool, fields: dict[str, Any], phone: str | None, status_: int, code: str
-) -> None:
-    reply = await act(me, await draft(me, **fields), "test", json={"phone": phone})
-    assert (reply.status, reply.body["code"]) == (status_, code)
+        ({"messageText": None}, phone, 400, "NO_MESSAGE_TEXT"),
+        ({"messageText": "Hi {{"}, phone, 400, "VALIDATION_ERROR"),
+        ({"messageText": "x" * 2_000}, phone, 400, "VALIDATION_ERROR"),
+    ]
+    for fields, to, expected, code in cases:
+        reply = await act(me, await draft(me, **fields), "test", json={"phone": to})
+        assert (reply.status, reply.body["code"]) == (expected, code), (fields, to)
     assert await untouched(db)
 
 
@@ -609,14 +612,13 @@ async def test_messages_of_a_campaign_are_paged_by_cursor_and_filtered(
     assert (batch["status"], batch["n"], batch["open"], batch["attempts"]) == ("done", 10, 0, 1)
 
 
-@pytest.mark.parametrize(
-    "params", [{"status": "odd"}, {"phone": "x"}, {"cursor": "-1"}, {"cursor": "x"}, {"pageSize": "101"}, {"q": "x"}]
-)  # fmt: skip
-async def test_a_query_that_cannot_be_taken_is_refused(
-    me: TenantCaller, params: dict[str, str]
-) -> None:
-    reply = await me.get(f"/api/campaigns/{await draft(me)}/messages", params=params)
-    assert (reply.status, reply.body["code"]) == (400, "VALIDATION_ERROR")
+async def test_a_query_that_cannot_be_taken_is_refused(me: TenantCaller) -> None:
+    path = f"/api/campaigns/{await draft(me)}/messages"
+    for name, value in (
+        ("status", "odd"), ("phone", "x"), ("cursor", "-1"), ("cursor", "x"), ("pageSize", "101"), ("q", "x"),
+    ):  # fmt: skip
+        reply = await me.get(path, params={name: value})
+        assert (reply.status, reply.body["code"]) == (400, "VALIDATION_ERROR"), (name, value)
 
 
 async def test_a_campaign_that_is_expanded_while_it_is_paused_waits(

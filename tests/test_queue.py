@@ -69,9 +69,7 @@ async def lane_of(pool: database.Pool, campaign_id: int) -> int:
 # --------------------------------------------------------------------------------- whose turn it is
 
 
-async def test_sixteen_who_claim_at_once_get_every_batch_exactly_once(
-    shop: Shop, dsn: str
-) -> None:
+async def test_sixteen_who_claim_at_once_get_every_batch_exactly_once(shop: Shop, dsn: str) -> None:
     await shop.sending(400, batch_size=1)
     grants: list[Grant] = []
 
@@ -241,9 +239,7 @@ async def test_a_paused_account_gives_nothing_and_says_so(shop: Shop) -> None:
     assert not await queue.pause_account(shop.pool, shop.account_id, "MISDIRECTED", "later")
     claim = await ask(shop)
     assert (claim.grants, claim.waits_for, claim.back_us) == ((), "account_paused", None)
-    assert (
-        await shop.pool.fetchval("select paused_reason from traffic_account") == "UNAUTHORIZED"
-    )
+    assert await shop.pool.fetchval("select paused_reason from traffic_account") == "UNAUTHORIZED"
 
 
 async def test_a_throttled_account_gives_nothing_until_then_on_every_replica(shop: Shop) -> None:
@@ -422,7 +418,9 @@ async def test_no_window_holds_more_than_the_limits_whatever_is_given_back_or_co
         for grant in claim.grants:
             counted[grant] = grant.slot_us
             turns[grant.tenant_id] += 1
-            inside = [g for g, at in counted.items() if grant.slot_us - WINDOW_US < at <= grant.slot_us]
+            inside = [
+                g for g, at in counted.items() if grant.slot_us - WINDOW_US < at <= grant.slot_us
+            ]
             for (tenant_id, messages_too), most in limits.items():
                 ours = [g for g in inside if tenant_id in (None, g.tenant_id)]
                 if grant in ours:
@@ -670,3 +668,697 @@ async def test_a_slot_is_never_earlier_than_the_lead(shop: Shop, clock: Clock) -
     claim = await ask(shop, 8, lead_us=60_000)
     assert len(claim.grants) == 8
     assert all(claim.now_us + 60_000 <= grant.slot_us for grant in claim.grants)
+
+
+# ------------------------------------------------------------------------------- intent and withdraw
+
+
+async def opt_out(shop: Shop, *phones: int) -> None:
+    await shop.pool.execute(
+        "insert into opt_out (tenant_id, phone, source) select $1, unnest($2::bigint[]), 'stop'",
+        shop.id, list(phones),
+    )  # fmt: skip
+
+
+async def test_an_intent_says_what_to_post_in_the_order_of_the_ids(shop: Shop) -> None:
+    campaign_id = await shop.sending(5)
+    (grant,) = await shop.claim()
+    intent = await queue.intent(shop.pool, grant, shop.replica_id)
+    assert (intent.verdict, intent.attempt, intent.sender) == ("post", 1, "Shop")
+    rows = await shop.pool.fetch(
+        "select id, phone, text from message where campaign_id = $1 order by id", campaign_id
+    )
+    assert intent.ids == [row["id"] for row in rows]
+    assert intent.phones == [row["phone"] for row in rows]
+    assert intent.texts == [row["text"] for row in rows]
+    attempt = await shop.pool.fetchrow("select replica_id, to_us(slot_at) as slot from attempt")
+    assert attempt is not None
+    assert (attempt["replica_id"], attempt["slot"]) == (shop.replica_id, grant.slot_us)
+    assert await batches(shop.pool) == {BatchState.SENDING: 1}
+
+
+async def test_only_the_lease_s_owner_writes_an_intent_and_only_once(shop: Shop) -> None:
+    await shop.sending(5)
+    (grant,) = await shop.claim()
+    other = await queue.register(shop.pool, "other", "0")
+    assert (await queue.intent(shop.pool, grant, other)).verdict == "lost"
+    stale = grant._replace(epoch=grant.epoch - 1)
+    assert (await queue.intent(shop.pool, stale, shop.replica_id)).verdict == "lost"
+    assert (await queue.intent(shop.pool, grant, shop.replica_id)).verdict == "post"
+    assert (await queue.intent(shop.pool, grant, shop.replica_id)).verdict == "lost"
+
+
+async def test_an_intent_after_a_cancel_is_refused_and_the_hold_comes_back(shop: Shop) -> None:
+    campaign_id = await shop.sending(5)
+    (grant,) = await shop.claim()
+    await shop.act(campaign_id, campaigns.cancel)
+    assert (await queue.intent(shop.pool, grant, shop.replica_id)).verdict == "cancelled"
+    assert await batches(shop.pool) == {BatchState.CANCELLED: 1}
+    assert (await credits.balance(shop.pool, shop.id)).reserved == 0
+
+
+@pytest.mark.parametrize("who", ["campaign", "account"])
+async def test_an_intent_after_a_pause_puts_the_batch_back(shop: Shop, who: str) -> None:
+    campaign_id = await shop.sending(5)
+    (grant,) = await shop.claim()
+    if who == "campaign":
+        await shop.act(campaign_id, campaigns.pause)
+    else:
+        await queue.pause_account(shop.pool, shop.account_id, "UNAUTHORIZED", "x")
+    assert (await queue.intent(shop.pool, grant, shop.replica_id)).verdict == "paused"
+    assert await batches(shop.pool) == {BatchState.READY: 1}
+    await shop.pool.execute("update lane set paused = false")
+    await shop.pool.execute("update traffic_account set paused_reason = null")
+    assert [one.batch_id for one in await shop.claim()] == [grant.batch_id]
+
+
+async def test_an_intent_that_meets_an_uncommitted_cancel_waits_for_it_and_posts_nothing(
+    shop: Shop,
+) -> None:
+    campaign_id = await shop.sending(5)
+    (grant,) = await shop.claim()
+    async with shop.pool.acquire() as other, other.transaction():
+        await other.execute("select cancel_campaign($1)", campaign_id)
+        intending = asyncio.create_task(queue.intent(shop.pool, grant, shop.replica_id))
+        await until_somebody_waits(shop.pool)
+    assert (await intending).verdict == "cancelled"
+
+
+async def test_who_opted_out_meanwhile_is_left_out_and_not_paid_for(shop: Shop) -> None:
+    campaign_id = await shop.begin(5)
+    await shop.expand(5, segments=2)
+    (grant,) = await shop.claim()
+    phones = [
+        row["phone"] for row in await shop.pool.fetch("select phone from message order by id")
+    ]
+    await opt_out(shop, phones[0], phones[3])
+    intent = await queue.intent(shop.pool, grant, shop.replica_id)
+    assert intent.phones == [phones[1], phones[2], phones[4]]
+    assert (await credits.balance(shop.pool, shop.id)).reserved == 6
+    progress = await check_the_account(shop, campaign_id)
+    assert (progress.totals.skipped, progress.totals.processing) == (2, 3)
+    await shop.answer(grant, intent, ACCEPTED)
+    assert (await check_the_account(shop, campaign_id)).totals.spent == 6
+
+
+async def test_a_batch_of_which_all_opted_out_is_not_posted_and_its_grant_comes_back(
+    shop: Shop, clock: Clock
+) -> None:
+    await limit(shop.pool, "tenant", shop.id, requests_per_second=1)
+    campaign_id = await shop.sending(10)
+    (grant,) = (await ask(shop)).grants
+    rows = await shop.pool.fetch("select phone from message order by id limit 5")
+    await opt_out(shop, *(row["phone"] for row in rows))
+    assert (await queue.intent(shop.pool, grant, shop.replica_id)).verdict == "empty"
+    assert (await check_the_account(shop, campaign_id)).totals.skipped == 5
+    assert len((await ask(shop)).grants) == 1, "the tenant's one grant a second was not used up"
+
+
+async def test_a_single_message_goes_to_whoever_opted_out_of_campaigns(shop: Shop) -> None:
+    await single(shop)
+    (grant,) = await shop.claim()
+    await opt_out(shop, shop.phones)
+    assert (await queue.intent(shop.pool, grant, shop.replica_id)).verdict == "post"
+
+
+async def test_what_is_withdrawn_goes_back_to_its_place_without_a_try(shop: Shop) -> None:
+    await shop.sending(15)
+    first, second = await shop.claim(2)
+    assert (await queue.intent(shop.pool, second, shop.replica_id)).verdict == "post"
+    assert await queue.withdraw(shop.pool, second, "late")
+    assert await queue.withdraw(shop.pool, first, "late")
+    assert await shop.pool.fetchval("select max(tries) from batch") == 0
+    rows = await shop.pool.fetch("select batch_id, outcome, detail from attempt")
+    assert [tuple(row) for row in rows] == [(second.batch_id, "withdrawn", "late")]
+    again = await shop.claim(3)
+    assert [one.batch_id for one in again][:2] == [first.batch_id, second.batch_id]
+    intent = await queue.intent(shop.pool, again[1], shop.replica_id)
+    assert (intent.verdict, intent.attempt) == ("post", 2)
+
+
+async def test_a_withdraw_that_names_an_older_lease_changes_nothing(shop: Shop) -> None:
+    await shop.sending(5)
+    (first,) = await shop.claim()
+    assert await queue.withdraw(shop.pool, first, "late")
+    (second,) = await shop.claim()
+    assert second.epoch == first.epoch + 1
+    assert not await queue.withdraw(shop.pool, first, "late")
+    assert (await queue.intent(shop.pool, second, shop.replica_id)).verdict == "post"
+    assert not await queue.withdraw(shop.pool, first, "late")
+    assert await batches(shop.pool) == {BatchState.SENDING: 1}
+
+
+async def test_a_withdraw_after_the_answer_changes_nothing(shop: Shop) -> None:
+    await shop.sending(5)
+    ((grant, intent),) = await shop.post()
+    await shop.answer(grant, intent, ACCEPTED)
+    assert not await queue.withdraw(shop.pool, grant, "late")
+    assert await batches(shop.pool) == {BatchState.DONE: 1}
+
+
+async def test_what_was_reaped_as_unknown_is_still_withdrawn_by_who_knows_that_nothing_left(
+    shop: Shop,
+) -> None:
+    """And its campaign, which had ended as far as anybody could tell, goes on."""
+    campaign_id = await shop.sending(5)
+    ((grant, _),) = await shop.post()
+    await queue.leave(shop.pool, shop.replica_id, "test")
+    assert await queue.reap(shop.pool) == (0, 1)
+    assert await campaigns.finish(shop.pool) == [campaign_id]
+    assert await queue.withdraw(shop.pool, grant, "late")
+    assert await shop.status(campaign_id) == "sending"
+    assert (await shop.progress(campaign_id)).campaign.finished_at is None
+    shop.replica_id = await queue.register(shop.pool, "test", "0")
+    await shop.send_all(ACCEPTED)
+    assert await campaigns.finish(shop.pool) == [campaign_id]
+    assert (await check_the_account(shop, campaign_id)).totals.pending == 5
+
+
+async def test_what_is_withdrawn_after_a_cancel_is_cancelled(shop: Shop) -> None:
+    campaign_id = await shop.sending(10)
+    (leased,) = await shop.claim()
+    ((sending, _),) = await shop.post()
+    await shop.act(campaign_id, campaigns.cancel)
+    assert await queue.withdraw(shop.pool, leased, "late")
+    assert await queue.withdraw(shop.pool, sending, "late")
+    assert await batches(shop.pool) == {BatchState.CANCELLED: 2}
+    assert (await credits.balance(shop.pool, shop.id)).reserved == 0
+
+
+async def test_what_is_withdrawn_between_retries_waits_no_longer_and_keeps_its_tries(
+    shop: Shop,
+) -> None:
+    await shop.sending(5)
+    ((grant, intent),) = await shop.post()
+    await queue.settle_batch(shop.pool, grant.batch_id, intent.attempt, "again", "retry", most=6)
+    (again,) = await shop.claim()
+    assert await queue.withdraw(shop.pool, again, "late")
+    assert await batches(shop.pool) == {BatchState.WAITING: 1}
+    assert await shop.pool.fetchval("select tries from batch") == 1
+    assert [one.batch_id for one in await shop.claim()] == [grant.batch_id]
+
+
+# -------------------------------------------------------------------------------- settle, item by item
+
+
+def items(
+    ids: list[int], *states: tuple[MessageState, str | None] | MessageState
+) -> list[ItemResult]:
+    """Results of these messages; the last one stands for the rest."""
+    results = []
+    for i, message_id in enumerate(ids):
+        state = states[min(i, len(states) - 1)]
+        if isinstance(state, tuple):
+            results.append(ItemResult(message_id, state[0], state[1], None))
+        else:
+            provider_id = f"P{message_id}" if state == ACCEPTED else None
+            results.append(ItemResult(message_id, state, provider_id, "why"))
+    return results
+
+
+async def test_each_item_gets_the_state_that_its_answer_says(shop: Shop) -> None:
+    campaign_id = await shop.begin(5)
+    await shop.expand(5, segments=2)
+    ((grant, intent),) = await shop.post()
+    answer = items(intent.ids, ACCEPTED, REFUSED, UNKNOWN, ACCEPTED)
+    assert await queue.settle_items(shop.pool, grant.batch_id, 1, answer, "bulk-1", 200)
+    rows = await shop.pool.fetch("select * from message order by id")
+    assert [row["state"] for row in rows] == [10, 40, 5, 10, 10]
+    assert [row["provider_id"] for row in rows] == [one.provider_id for one in answer]
+    assert [row["reason"] for row in rows][:3] == [None, "refused_by_provider", "unreadable_answer"]
+    assert all(row["settled_at"] for row in rows)
+    assert [row["finished_at"] is not None for row in rows] == [False, True, False, False, False]
+    progress = await check_the_account(shop, campaign_id)
+    sums = progress.totals
+    assert (sums.pending, sums.refused, sums.unknown, sums.spent) == (3, 1, 1, 6)
+    balance = await credits.balance(shop.pool, shop.id)
+    assert (balance.balance, balance.reserved) == (10_000 - 6, 2)
+    kinds = await shop.pool.fetch(
+        "select kind, amount from ledger where batch_id = $1 order by id", grant.batch_id
+    )
+    assert [tuple(row) for row in kinds] == [("spend", 6), ("release", 2)]
+    attempt = await shop.pool.fetchrow("select outcome, status from attempt")
+    assert attempt is not None
+    assert tuple(attempt) == ("accepted", 200)
+    assert (
+        await shop.pool.fetchval("select bulk_id from batch where id = $1", grant.batch_id)
+        == "bulk-1"
+    )
+
+
+async def test_an_id_that_is_already_ours_makes_its_message_unknown_and_no_other(
+    shop: Shop,
+) -> None:
+    campaign_id = await shop.sending(10)
+    first, second = await shop.post(2)
+    await queue.settle_items(
+        shop.pool, first[0].batch_id, 1, items(first[1].ids, ACCEPTED), None, 200
+    )
+    taken = f"P{first[1].ids[0]}"
+    answer = items(second[1].ids, ACCEPTED, (ACCEPTED, taken), ACCEPTED)
+    await queue.settle_items(shop.pool, second[0].batch_id, 1, answer, None, 200)
+    rows = await shop.pool.fetch(
+        "select state, provider_id from message where id = any ($1) order by id", second[1].ids
+    )
+    assert [row["state"] for row in rows] == [10, 5, 10, 10, 10]
+    assert rows[1]["provider_id"] is None
+    assert (await check_the_account(shop, campaign_id)).totals.unknown == 1
+
+
+async def test_a_late_answer_is_written_whoever_has_declared_the_batch_unknown(shop: Shop) -> None:
+    campaign_id = await shop.sending(5)
+    ((grant, intent),) = await shop.post()
+    await queue.leave(shop.pool, shop.replica_id, "test")
+    assert await queue.reap(shop.pool) == (0, 1)
+    assert (await check_the_account(shop, campaign_id)).totals.unknown == 5
+    assert await queue.settle_items(
+        shop.pool, grant.batch_id, intent.attempt, items(intent.ids, ACCEPTED), None, 200
+    )
+    sums = (await check_the_account(shop, campaign_id)).totals
+    assert (sums.unknown, sums.pending) == (0, 5)
+    outcomes = await shop.pool.fetch("select outcome from attempt")
+    assert [row["outcome"] for row in outcomes] == ["accepted"]
+
+
+async def test_a_late_answer_to_an_older_attempt_is_recorded_as_a_duplicate_and_changes_nothing_else(
+    pool: database.Pool, account: int
+) -> None:
+    shop = await open_shop(pool, account, await queue.register(pool, "test", "0"))
+    campaign_id = await shop.sending(5)
+    ((grant, first),) = await shop.post()
+    await queue.settle_batch(pool, grant.batch_id, first.attempt, "unknown", "unknown")
+    await pool.execute("update batch set state = 0")  # as a person's resend will
+    await queue.wake_lane(pool, await lane_of(pool, campaign_id), 0)
+    ((grant, second),) = await shop.post()
+    late = items(first.ids, (ACCEPTED, "late"), REFUSED)
+    assert not await queue.settle_items(pool, grant.batch_id, first.attempt, late, None, 200)
+    assert (await check_the_account(shop, campaign_id)).totals.processing == 5
+    assert await pool.fetchval("select count(*) from provider_message") == 0
+    await queue.settle_items(
+        pool, grant.batch_id, second.attempt, items(second.ids, ACCEPTED), None, 200
+    )
+    await queue.settle_items(pool, grant.batch_id, first.attempt, late, None, 200)
+    outcomes = await pool.fetch("select outcome from attempt order by n")
+    assert [row["outcome"] for row in outcomes] == ["duplicate", "accepted"]
+    assert list(await broken(pool)) == ["once"]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+async def test_a_late_refusal_of_an_older_attempt_is_no_duplicate(shop: Shop, whole: bool) -> None:
+    campaign_id = await shop.sending(5)
+    ((grant, first),) = await shop.post()
+    await queue.settle_batch(shop.pool, grant.batch_id, first.attempt, "unknown", "unknown")
+    await shop.pool.execute("update batch set state = 0")
+    await queue.wake_lane(shop.pool, await lane_of(shop.pool, campaign_id), 0)
+    await shop.post()
+    if whole:
+        became = await queue.settle_batch(
+            shop.pool, grant.batch_id, first.attempt, "again", "retry", status=500
+        )
+        assert became == "late"
+    else:
+        late = items(first.ids, REFUSED)
+        assert not await queue.settle_items(shop.pool, grant.batch_id, 1, late, None, 200)
+    assert (await check_the_account(shop, campaign_id)).totals.processing == 5
+
+
+async def test_an_answer_that_is_written_twice_counts_once_and_is_no_duplicate(shop: Shop) -> None:
+    """Whoever hears no acknowledgement of a commit writes again."""
+    campaign_id = await shop.sending(5)
+    ((grant, intent),) = await shop.post()
+    answer = items(intent.ids, ACCEPTED, REFUSED)
+    for _ in range(2):
+        assert await queue.settle_items(
+            shop.pool, grant.batch_id, intent.attempt, answer, "bulk", 200
+        )
+    sums = (await check_the_account(shop, campaign_id)).totals
+    assert (sums.pending, sums.refused) == (1, 4)
+    assert await shop.pool.fetchval("select outcome from attempt") == "accepted"
+
+
+@pytest.mark.parametrize("action", ["again", "back", "refused", "unknown"])
+async def test_an_outcome_that_is_written_twice_moves_the_batch_once(
+    shop: Shop, action: str
+) -> None:
+    campaign_id = await shop.sending(4, batch_size=4)
+    ((grant, intent),) = await shop.post()
+    for _ in range(2):
+        await queue.settle_batch(
+            shop.pool, grant.batch_id, intent.attempt, action, action, most=6, refusal="a",
+            delay_seconds=1 if action == "again" else 0,
+        )  # fmt: skip
+    assert await shop.pool.fetchval("select max(tries) from batch") == int(action == "again")
+    assert await shop.pool.fetchval("select count(*) from batch") == 1 + int(action == "refused")
+    assert await shop.pool.fetchval("select outcome from attempt") == action
+    await check_the_account(shop, campaign_id)
+
+
+async def test_of_two_who_write_the_same_answer_at_once_one_writes(shop: Shop) -> None:
+    campaign_id = await shop.sending(50, batch_size=5)
+    for grant, intent in await shop.post(8):
+        answer = items(intent.ids, ACCEPTED, REFUSED, UNKNOWN)
+
+        async def write(grant: Grant = grant, answer: list[ItemResult] = answer) -> bool:
+            return await database.until_written(
+                lambda: queue.settle_items(shop.pool, grant.batch_id, 1, answer, None, 200), 0.01
+            )
+
+        assert all(await asyncio.gather(write(), write(), write()))
+    sums = (await check_the_account(shop, campaign_id)).totals
+    assert (sums.pending, sums.refused, sums.unknown, sums.queued) == (8, 8, 24, 10)
+
+
+# -------------------------------------------------------------------------- settle, the batch as a whole
+
+
+async def settle(shop: Shop, action: str, **options: object) -> str:
+    """Posts the next batch and writes one outcome for all of it."""
+    ((grant, intent),) = await shop.post()
+    return await queue.settle_batch(
+        shop.pool,
+        grant.batch_id,
+        intent.attempt,
+        action,
+        action,
+        **options,  # type: ignore[arg-type]
+    )
+
+
+async def test_waits_double_from_try_to_try_and_the_sixth_failure_is_the_last(shop: Shop) -> None:
+    campaign_id = await shop.sending(5)
+    waits = []
+    for attempt in range(1, 6):
+        assert await settle(shop, "again", delay_seconds=3, most=6, detail="500") == "waiting"
+        waits.append(
+            await shop.pool.fetchval(
+                "select extract(epoch from b.not_before - a.ended_at)::float8 from batch b, attempt a where a.n = $1",
+                attempt,
+            )
+        )
+        assert (await check_the_account(shop, campaign_id)).totals.queued == 5
+        await shop.pool.execute("update batch set not_before = clock_timestamp()")
+        await queue.wake_lane(shop.pool, await lane_of(shop.pool, campaign_id), 0)
+    assert waits == pytest.approx([3, 6, 12, 24, 48], abs=0.2)
+    assert await settle(shop, "again", delay_seconds=3, most=6, detail="500") == "failed"
+    assert (await check_the_account(shop, campaign_id)).totals.refused == 5
+    assert (await credits.balance(shop.pool, shop.id)).reserved == 0
+    reasons = await shop.pool.fetch("select distinct reason, detail from message")
+    assert [tuple(row) for row in reasons] == [("server_error", "500")]
+
+
+async def test_what_came_back_uncounted_keeps_its_place_and_its_tries(shop: Shop) -> None:
+    campaign_id = await shop.sending(10)
+    for _ in range(8):
+        assert await settle(shop, "back") == "ready"
+    assert await shop.pool.fetchval("select max(tries) from batch") == 0
+    lowest = await shop.pool.fetchval("select min(id) from batch")
+    assert [one.batch_id for one in await shop.claim()] == [lowest]
+    await check_the_account(shop, campaign_id)
+
+
+async def test_an_unknown_batch_keeps_its_hold_and_is_never_claimed_again(shop: Shop) -> None:
+    campaign_id = await shop.sending(5)
+    assert await settle(shop, "unknown", detail="no answer") == "unknown"
+    await queue.wake_lane(shop.pool, await lane_of(shop.pool, campaign_id), 0)
+    assert await shop.claim() == []
+    assert (await credits.balance(shop.pool, shop.id)).reserved == 5
+    assert (await check_the_account(shop, campaign_id)).totals.unknown == 5
+
+
+async def test_late_word_that_an_unknown_batch_was_refused_for_now_lets_its_campaign_go_on(
+    shop: Shop,
+) -> None:
+    campaign_id = await shop.sending(5)
+    ((grant, intent),) = await shop.post()
+    await queue.settle_batch(shop.pool, grant.batch_id, intent.attempt, "unknown", "unknown")
+    await campaigns.finish(shop.pool)
+    assert await queue.settle_batch(
+        shop.pool, grant.batch_id, intent.attempt, "again", "retry", most=6
+    ) == "waiting"  # fmt: skip
+    assert await shop.status(campaign_id) == "sending"
+    await shop.send_all(ACCEPTED)
+    await campaigns.finish(shop.pool)
+    assert await shop.status(campaign_id) == "completed"
+    assert (await check_the_account(shop, campaign_id)).totals.pending == 5
+
+
+@pytest.mark.parametrize("action", ["again", "back", "refused"])
+async def test_what_would_be_tried_again_after_a_cancel_is_cancelled(
+    shop: Shop, action: str
+) -> None:
+    campaign_id = await shop.sending(5)
+    ((grant, intent),) = await shop.post()
+    await shop.act(campaign_id, campaigns.cancel)
+    assert await queue.settle_batch(
+        shop.pool, grant.batch_id, intent.attempt, action, action, most=6, refusal="a"
+    ) == "cancelled"  # fmt: skip
+    assert (await check_the_account(shop, campaign_id)).totals.cancelled == 5
+    assert (await credits.balance(shop.pool, shop.id)).reserved == 0
+
+
+async def provider(shop: Shop, bad: set[int], complaint: str = "") -> int:
+    """A provider that refuses every request with a bad number in it; how many requests it saw."""
+    requests = 0
+    while posted := await shop.post(8):
+        for grant, intent in posted:
+            requests += 1
+            inside = bad & set(intent.phones)
+            if not inside:
+                await shop.answer(grant, intent, ACCEPTED)
+                continue
+            await queue.settle_batch(
+                shop.pool, grant.batch_id, intent.attempt, "refused", "refused", status=400,
+                detail="bad number", refusal=complaint or f"number {max(inside)}",
+            )  # fmt: skip
+    return requests
+
+
+@pytest.mark.parametrize("place", [0, 249, 250, 371, 499])
+async def test_one_bad_item_of_five_hundred_is_found_by_halving(shop: Shop, place: int) -> None:
+    campaign_id = await shop.sending(500, batch_size=500)
+    bad = await shop.pool.fetchval("select phone from message order by id offset $1 limit 1", place)
+    assert await provider(shop, {bad}) <= 2 * 9 + 1
+    sums = (await check_the_account(shop, campaign_id)).totals
+    assert (sums.pending, sums.refused) == (499, 1)
+    refused = await shop.pool.fetch("select phone, reason from message where state = 40")
+    assert [tuple(row) for row in refused] == [(bad, "refused_by_provider")]
+    assert await shop.pool.fetchval("select splits from lane where campaign_id <> 0") <= 9
+
+
+async def test_two_bad_items_with_their_own_complaints_are_both_found(shop: Shop) -> None:
+    campaign_id = await shop.sending(64, batch_size=64)
+    rows = await shop.pool.fetch("select phone from message order by id")
+    bad = {rows[3]["phone"], rows[40]["phone"]}
+    await provider(shop, bad)
+    assert (await check_the_account(shop, campaign_id)).totals.refused == 2
+    refused = await shop.pool.fetch("select phone from message where state = 40")
+    assert {row["phone"] for row in refused} == bad
+    assert await shop.status(campaign_id) == "sending"
+
+
+@pytest.mark.parametrize("size", [2, 9, 100])
+async def test_two_halves_refused_in_the_same_words_pause_the_campaign_and_ask_a_person(
+    shop: Shop, size: int
+) -> None:
+    campaign_id = await shop.sending(size, batch_size=size)
+    phones = {row["phone"] for row in await shop.pool.fetch("select phone from message")}
+    requests = await provider(shop, phones, "sender is not allowed")
+    assert requests == 3
+    progress = await check_the_account(shop, campaign_id)
+    campaign = progress.campaign
+    assert (campaign.status, campaign.paused_reason, campaign.paused_detail) == (
+        "paused", "REFUSED_BY_PROVIDER", "bad number",
+    )  # fmt: skip
+    assert progress.totals.queued + progress.totals.refused == size
+    if size > 2:
+        assert progress.totals.queued > 0
+    await shop.act(campaign_id, campaigns.resume)
+    await shop.send_all(ACCEPTED)
+    assert (await check_the_account(shop, campaign_id)).totals.queued == 0
+
+
+async def test_splits_beyond_twenty_a_minute_wait_for_the_next_minute(shop: Shop) -> None:
+    campaign_id = await shop.sending(120, batch_size=4)
+    became = [
+        await queue.settle_batch(
+            shop.pool, grant.batch_id, intent.attempt, "refused", "refused", refusal=str(grant)
+        )
+        for grant, intent in [one for _ in range(3) for one in await shop.post(8)]
+    ]
+    assert became == ["split"] * 24
+    assert await batches(shop.pool) == {
+        BatchState.READY: 6 + 2 * 20, BatchState.WAITING: 2 * 4,
+    }  # fmt: skip
+    wait = await shop.pool.fetchval(
+        "select extract(epoch from max(not_before) - clock_timestamp())::float8 from batch"
+    )
+    assert 50 < wait <= 60
+    await shop.pool.execute("update lane set splits_since = splits_since - interval '1 minute'")
+    assert await settle(shop, "refused", refusal="x") == "split"
+    assert await shop.pool.fetchval("select splits from lane where campaign_id <> 0") == 1
+    await check_the_account(shop, campaign_id)
+
+
+async def test_a_campaign_s_splits_are_not_another_s(shop: Shop) -> None:
+    first = await shop.sending(100, batch_size=4)
+    for _ in range(3):
+        for grant, intent in await shop.post(8):
+            await queue.settle_batch(
+                shop.pool, grant.batch_id, intent.attempt, "refused", "refused", refusal=str(grant)
+            )
+    await shop.act(first, campaigns.pause)
+    await shop.sending(4, batch_size=4)
+    await settle(shop, "refused", refusal="x")
+    assert len(await shop.claim(2)) == 2
+
+
+async def test_a_refusal_that_pauses_a_campaign_and_its_cancel_do_not_lock_each_other_out(
+    shop: Shop,
+) -> None:
+    """Whoever is told of a deadlock may be the person who cancels."""
+    for _ in range(5):
+        campaign_id = await shop.sending(8, batch_size=4)
+        phones = {row["phone"] for row in await shop.pool.fetch("select phone from message")}
+        ((grant, intent), _) = await shop.post(2)
+        await queue.settle_batch(
+            shop.pool, grant.batch_id, intent.attempt, "refused", "refused", refusal="x"
+        )
+        halves = await shop.post(2)
+        assert all(set(half.phones) <= phones for _, half in halves)
+        await asyncio.gather(
+            *(
+                queue.settle_batch(
+                    shop.pool, g.batch_id, i.attempt, "refused", "refused", refusal="x"
+                )
+                for g, i in halves
+            ),
+            shop.act(campaign_id, campaigns.cancel),
+        )
+        await check_the_account(shop, campaign_id)
+
+
+async def test_a_request_too_large_is_cut_from_then_on(shop: Shop) -> None:
+    campaign_id = await shop.sending(10, batch_size=10)
+    await queue.lower_largest_request(shop.pool, shop.account_id, 10)
+    await queue.lower_largest_request(shop.pool, shop.account_id, 100)
+    assert await settle(shop, "back") == "ready"
+    assert sorted(len(intent.ids) for _, intent in await shop.post(8)) == [5, 5]
+    await queue.lower_largest_request(shop.pool, shop.account_id, 1)
+    assert await shop.pool.fetchval("select largest_request from traffic_account") == 1
+    await check_the_account(shop, campaign_id)
+
+
+async def test_a_refusal_of_a_campaign_by_the_provider_tells_whether_another_tenant_s_stands_too(
+    pool: database.Pool, account: int, shop: Shop
+) -> None:
+    other = await open_shop(pool, account, shop.replica_id)
+    reason = "FORBIDDEN_BY_PROVIDER"
+    found = []
+    for one in (shop, shop, other):
+        campaign_id = await one.sending(5)
+        ((grant, intent),) = await one.post()
+        found.append(await queue.pause_campaign_of(pool, grant.batch_id, reason, "no"))
+        await queue.settle_batch(pool, grant.batch_id, intent.attempt, "back", "lane_broken")
+        assert await one.status(campaign_id) == "paused"
+    assert found == [(True, False), (True, False), (True, True)]
+
+
+# ------------------------------------------------------------------------------------------ credits
+
+
+async def test_sixty_four_who_hold_at_once_never_overdraw(pool: database.Pool, dsn: str) -> None:
+    shop = await open_shop(pool, await new_account(pool), 0, granted=100)
+    wide = await database.open_pool(dsn, 32)
+    held = await asyncio.gather(*(credits.hold(wide, shop.id, 3) for _ in range(64)))
+    await wide.close()
+    assert sum(held) == 33
+    assert await credits.balance(pool, shop.id) == (100, 99)
+    assert await pool.fetchval("select count(*) from ledger where kind = 'hold'") == 33
+
+
+# --------------------------------------------------------------------------------- replicas, clocks
+
+
+async def test_a_replica_is_buried_only_if_its_heartbeat_stands_where_it_was_seen(
+    pool: database.Pool,
+) -> None:
+    one, two = [await queue.register(pool, name, "0") for name in ("one", "two")]
+    seen = await queue.beats(pool)
+    assert await queue.beat(pool, two)
+    assert not await queue.bury(pool, two, seen[two])
+    assert await queue.bury(pool, one, seen[one])
+    assert not await queue.beat(pool, one)
+    assert list(await queue.beats(pool)) == [two]
+    await queue.bury_all(pool)
+    assert await queue.beats(pool) == {}
+
+
+async def test_reaping_takes_from_the_dead_and_from_nobody_else(shop: Shop) -> None:
+    campaign_id = await shop.sending(20)
+    other = await queue.register(shop.pool, "other", "0")
+    mine = await shop.post()
+    await shop.claim()
+    theirs = (await queue.claim(shop.pool, shop.account_id, other, 2, lead_us=0)).grants
+    assert (await queue.intent(shop.pool, theirs[0], other)).verdict == "post"
+    await queue.leave(shop.pool, other, "test")
+    assert await queue.reap(shop.pool) == (1, 1)
+    assert await queue.reap(shop.pool) == (0, 0)
+    assert await batches(shop.pool) == {
+        BatchState.LEASED: 1, BatchState.SENDING: 1, BatchState.UNKNOWN: 1, BatchState.READY: 1,
+    }  # fmt: skip
+    (again,) = await shop.claim()
+    assert again.batch_id == theirs[1].batch_id
+    await shop.answer(*mine[0], ACCEPTED)
+    sums = (await check_the_account(shop, campaign_id)).totals
+    assert (sums.pending, sums.unknown) == (5, 5)
+
+
+async def test_what_the_dead_had_leased_of_a_cancelled_campaign_is_cancelled(shop: Shop) -> None:
+    campaign_id = await shop.sending(5)
+    await shop.claim()
+    await shop.act(campaign_id, campaigns.cancel)
+    await queue.leave(shop.pool, shop.replica_id, "test")
+    await queue.reap(shop.pool)
+    assert (await check_the_account(shop, campaign_id)).totals.cancelled == 5
+
+
+@given(
+    offset=st.floats(-1e6, 1e6),
+    readings=st.lists(
+        st.tuples(st.floats(0.001, 5), st.floats(0, 0.2), st.floats(0, 0.2)), min_size=1, max_size=8
+    ),
+    slot=st.floats(0, 10),
+)
+def test_the_database_s_clock_is_known_as_an_interval_that_holds_the_truth(
+    offset: float, readings: list[tuple[float, float, float]], slot: float
+) -> None:
+    clock = queue.DatabaseClock()
+    now = 1_000.0
+    widths = []
+    for pause, there, back in readings:
+        before = now + pause
+        now = before + there + back
+        clock.observe(before, now, round((before + there + offset) * 1e6))
+        widths.append(there + back)
+    slot_us = round((now + slot + offset) * 1e6)
+    early, late = clock.maybe_at(slot_us), clock.surely_at(slot_us)
+    assert early - 1e-5 <= now + slot <= late + 1e-5
+    drift = 100e-6 * 2 * (now - 1_000)
+    assert late - early <= min(widths) + drift + 1e-5
+
+
+def test_a_clock_that_jumped_is_believed_anew() -> None:
+    clock = queue.DatabaseClock()
+    clock.observe(10.0, 10.001, 50_000_000)
+    clock.observe(11.0, 11.001, 20_000_000)
+    assert clock.surely_at(21_000_000) == pytest.approx(12.001)
+    assert clock.maybe_at(21_000_000) == pytest.approx(12.0)
+
+
+def test_a_lease_surely_holds_for_nine_tenths_of_its_length_since_the_last_heartbeat() -> None:
+    assert queue.Standing("here", lease_seconds=10).id is None
+    assert not queue.Standing("here", lease_seconds=10).holds(0)
+    standing = queue.Standing("here", lease_seconds=10, replica_id=7, beat_at=100.0)
+    assert standing.id == 7
+    assert standing.holds(108.9)
+    assert not standing.holds(109.1)

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pydantic import ConfigDict, Field
 
@@ -48,7 +48,7 @@ class Message(Model):
     text: str | None
     segments: int
     status: MessageStatus
-    reason: Reason | None
+    reason: str | None = Field(description="One of: " + ", ".join(Reason))
     detail: str | None
     provider_message_id: str | None
     bulk_id: str | None
@@ -76,17 +76,27 @@ class Batch(Model):
 
 
 def shape(message: messages.Message) -> Message:
-    """The answer of a message."""
-    values = asdict(message)
-    values["campaign_id"] = message.campaign_id or None
-    phone = values.pop("phone")
-    values["to"] = None if phone is None else text.plus(phone)
-    values["provider_message_id"] = values.pop("provider_id")
-    values["attempts"] = [
-        Attempt(n=one.n, at=one.at, outcome=one.outcome, detail=one.detail)
-        for one in message.attempts
-    ]
-    return Message.model_validate(values, strict=False)
+    """The answer of a message; not validated again, since a page has many."""
+    return Message.model_construct(
+        id=message.id,
+        campaign_id=message.campaign_id or None,
+        to=None if message.phone is None else text.plus(message.phone),
+        text=message.text,
+        segments=message.segments,
+        status=cast("MessageStatus", message.status),
+        reason=message.reason,
+        detail=message.detail,
+        provider_message_id=message.provider_id,
+        bulk_id=message.bulk_id,
+        reference=message.reference,
+        attempts=[
+            Attempt.model_construct(n=one.n, at=one.at, outcome=one.outcome, detail=one.detail)
+            for one in message.attempts
+        ],
+        created_at=message.created_at,
+        accepted_at=message.accepted_at,
+        finished_at=message.finished_at,
+    )
 
 
 # ------------------------------------------------------------------------------- of a campaign

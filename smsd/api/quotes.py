@@ -65,6 +65,9 @@ async def recipients_of(req: Request, campaign: Campaign) -> Recipients:
     highest_id = await contacts.highest_id(req.db, req.me.id)
     count = await contacts.audience_estimate(req.db, req.me.id, audience, as_of)
     sample = await contacts.audience_page(req.db, req.me.id, audience, as_of, 0, highest_id, SAMPLE)
+    known = sum(not row["opted_out"] for row in sample)
+    # An estimate knows nothing of a handful among a million; these are then all there are.
+    count = known if len(sample) < SAMPLE else max(count, known)
     return Recipients("contacts", as_of, highest_id, count, sample)
 
 

@@ -391,6 +391,12 @@ begin
              order by id) m;
 end $$;
 
+-- Nobody waits for what is unknown; what turns out not to have been sent is to be sent by a campaign that goes on.
+create function reopen_campaign(p_campaign bigint) returns void language sql as $$
+  update campaign set status = 'sending', finished_at = null, updated_at = clock_timestamp()
+   where id = p_campaign and status in ('completed', 'failed')
+$$;
+
 -- Given up before the first byte: back to its place with its grant returned and no try counted. The epoch names the
 -- lease, and a lease has at most one intent, so an intent whose commit was not acknowledged is taken back likewise,
 -- even if it was reaped as unknown meanwhile.
@@ -406,6 +412,7 @@ begin
     update attempt set outcome = 'withdrawn', detail = p_why, ended_at = clock_timestamp()
      where batch_id = b.id and n = b.attempt and (outcome is null or outcome = 'unknown');
   end if;
+  if b.state = 11 then perform reopen_campaign(b.campaign_id); end if;
   perform give_back(b.account_id, b.tenant_id, b.slot, b.n);
   if (select closed from lane where id = b.lane_id) then
     perform cancel_batch(b.id, '{0,1}');
@@ -424,6 +431,16 @@ create function end_attempt(p_batch bigint, p_attempt int, p_outcome text, p_sta
    where batch_id = p_batch and n = p_attempt and (outcome is null or outcome = 'unknown')
 $$;
 
+-- A result for which nothing is open any more. True: it is the one that was written already, by a call whose
+-- acknowledgement got lost. False: a newer attempt was made meanwhile, so this is recorded and nothing else.
+create function written_before(p_batch bigint, p_attempt int, p_outcome text, p_status int) returns boolean
+language plpgsql as $$
+begin
+  update attempt set outcome = p_outcome, status = p_status, detail = 'answered after a newer attempt'
+   where batch_id = p_batch and n = p_attempt and (outcome is null or outcome in ('unknown', 'withdrawn'));
+  return not found;
+end $$;
+
 -- Mitto took the request and decided item by item. Evidence for attempt p_attempt, whoever owns the batch now;
 -- false (and nothing changed but the attempt's row) after a newer attempt.
 -- p_states: 5 unknown, 10 accepted, 40 refused. An id that is already somebody's makes its message unknown.
@@ -436,9 +453,8 @@ declare
 begin
   select * into b from batch where id = p_batch;
   if b.state not in (3, 11) or b.attempt <> p_attempt then
-    update attempt set outcome = 'duplicate', status = p_status, detail = 'answered after a newer attempt'
-     where batch_id = p_batch and n = p_attempt;
-    return false;
+    return written_before(p_batch, p_attempt, case when 40 = all (p_states) then 'refused' else 'duplicate' end,
+                          p_status);
   end if;
   with u as (
     select * from unnest(p_ids, p_states, p_provider_ids) as u(id, state, provider_id)),
@@ -494,7 +510,7 @@ begin
 end $$;
 
 -- The whole batch had one outcome. Returns what became of it: ready | waiting | failed | unknown | split |
--- lane_paused | cancelled | duplicate.
+-- lane_paused | cancelled | late (after a newer attempt) | settled (by an earlier call for the same result).
 --   again    to be tried once more after p_delay_seconds, doubled with each try; the p_most-th time all is refused
 --   back     not counted, keeps its place (throttled, never left, a broken account or lane, too large)
 --   refused  for good: one message is refused, more are split in two to find the bad one
@@ -504,12 +520,13 @@ create function settle_batch(p_batch bigint, p_attempt int, p_action text, p_out
 returns text language plpgsql as $$
 declare b batch; l lane; alike boolean; delay interval := make_interval(secs => p_delay_seconds);
 begin
+  if p_action = 'refused' then                          -- may pause the campaign: locked before its batch, as everywhere
+    perform from campaign where id = (select campaign_id from batch where id = p_batch) for no key update;
+  end if;
   select * into b from batch
    where id = p_batch and state in (3, 11) and attempt = p_attempt for no key update;
   if not found then
-    update attempt set outcome = 'duplicate', status = p_status, detail = p_detail
-     where batch_id = p_batch and n = p_attempt;
-    return 'duplicate';
+    return case when written_before(p_batch, p_attempt, p_outcome, p_status) then 'settled' else 'late' end;
   end if;
   perform end_attempt(b.id, p_attempt, p_outcome, p_status, p_detail, p_refusal);
   if p_action = 'unknown' then
@@ -525,18 +542,19 @@ begin
     alike := b.campaign_id <> 0 and not l.closed and exists (
       select from attempt x
        where x.campaign_id = b.campaign_id and x.pair = b.pair and x.batch_id <> b.id and x.refusal = p_refusal);
+    -- Both halves, the same words: it is not one bad item. Ask a person instead of asking item by item.
+    if alike then
+      perform reopen_campaign(b.campaign_id);
+      perform pause_campaign(b.campaign_id, 'REFUSED_BY_PROVIDER', p_detail);
+    end if;
     if b.n = 1 then
       perform refuse_batch(b.id, 'refused_by_provider', p_detail);
+      return case when alike then 'lane_paused' else 'failed' end;
     elsif alike then
       update batch set state = 0, owner = null, slot = null, pair = null where id = b.id;
       perform wake_lane(b.lane_id, b.first_id);
-    end if;
-    -- Both halves, the same words: it is not one bad item. Ask a person instead of asking item by item.
-    if alike then
-      perform pause_campaign(b.campaign_id, 'REFUSED_BY_PROVIDER', p_detail);
       return 'lane_paused';
     end if;
-    if b.n = 1 then return 'failed'; end if;
   end if;
   if l.closed then
     perform cancel_batch(b.id, '{3,11}');
@@ -551,6 +569,7 @@ begin
     update batch set state = case when p_delay_seconds > 0 or tries > 0 then 1 else 0 end, owner = null, slot = null,
                      not_before = clock_timestamp() + delay where id = b.id;
   end if;
+  if b.state = 11 then perform reopen_campaign(b.campaign_id); end if;
   perform wake_lane(b.lane_id, b.first_id);
   return case p_action when 'refused' then 'split' when 'again' then 'waiting' else 'ready' end;
 end $$;
@@ -698,7 +717,8 @@ end $$;
 -- ------------------------------------------------------------------------------------------- the dead
 
 -- What replicas that are gone left: leases without intent go back to their place, intents without a result are
--- unknown at their attempt. Returns how many of each.
+-- unknown at their attempt. A lease whose slot is long past goes back whoever has it: it will not be used, and its
+-- owner may not even know of it (a claim whose answer got lost). Returns how many of each.
 create function reap(out released bigint, out unknown bigint) language plpgsql as $$
 declare b record;
 begin
@@ -706,7 +726,7 @@ begin
   for b in
     select x.id, x.state, x.epoch, x.attempt, x.lane_id, x.first_id, l.closed
       from batch x join replica r on r.id = x.owner join lane l on l.id = x.lane_id
-     where x.state in (2, 3) and r.gone_at is not null
+     where (x.state in (2, 3) and r.gone_at is not null) or (x.state = 2 and x.slot < clock_us() - 5000000)
      order by x.id for no key update of x skip locked
   loop
     if b.state = 3 then

@@ -48,7 +48,8 @@ async def test_the_demo_prints_what_the_readme_shows(installation: Installation)
 
 
 @pytest.mark.skipif(
-    not (shutil.which("curl") and shutil.which("jq")), reason="the README's commands need curl and jq"
+    not (shutil.which("curl") and shutil.which("jq")),
+    reason="the README's commands need curl and jq",
 )
 async def test_the_commands_of_the_readme_send_a_campaign(
     installation: Installation, tmp_path: Path
