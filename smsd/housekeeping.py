@@ -74,11 +74,10 @@ class Housekeeping:
                 self._watched.clear()
                 log.warning("housekeeping.failed", error=repr(error))
             rounds += 1
-            await asyncio.sleep(
-                ROUND_SECONDS / 5
-            )  # what is settled within a tenth of a second is one round
+            pause = min(ROUND_SECONDS, self._standing.lease_seconds / 10)
+            await asyncio.sleep(pause / 5)  # what is settled meanwhile is one round
             try:
-                async with asyncio.timeout(ROUND_SECONDS):
+                async with asyncio.timeout(pause):
                     await self._news.wait()
             except TimeoutError:
                 pass
@@ -99,7 +98,7 @@ class Housekeeping:
     async def _bury_the_dead(self) -> None:
         beats = await queue.beats(self._pool)
         now = mitto.clock()
-        if now - self._looked_at > self._standing.lease_seconds / 3:
+        if now - self._looked_at > self._standing.lease_seconds / 2:
             self._watched.clear()  # we were not watching all the while
         self._looked_at = now
         for replica_id, beat in beats.items():

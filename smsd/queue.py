@@ -304,9 +304,13 @@ async def block_account(db: Executor, account_id: int, seconds: float) -> None:
     await db.execute(SQL["block_account"], account_id, seconds)
 
 
-async def pause_account(db: Executor, account_id: int, reason: str, detail: str) -> bool:
-    """Stops an account until a person lifts it; False if it was stopped already."""
-    return await db.fetchval(SQL["pause_account"], account_id, reason, detail) is not None
+async def pause_account(
+    db: Executor, account_id: int, reason: str, detail: str, api_key: str
+) -> bool:
+    """Stops an account until a person lifts it; False if it was stopped already, or has another key by now than
+    the one that was refused."""
+    paused = await db.fetchval(SQL["pause_account"], account_id, reason, detail, api_key)
+    return paused is not None
 
 
 async def lower_largest_request(db: Executor, account_id: int, refused_n: int) -> None:

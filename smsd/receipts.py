@@ -1,15 +1,15 @@
 """Receipts: what comes in by webhook is committed in groups, and only then answered.
 
 One writer takes all receipts that have gathered while it wrote the last ones, and writes them in one transaction. A
-group that Postgres will not take is written one receipt at a time, and what cannot be written even so is kept raw.
+group that Postgres will not take is halved until the receipt that it refuses stands alone, and that one is kept raw.
 """
 
 import asyncio
+import json
 from collections import deque
 from collections.abc import Sequence
 
 import asyncpg
-import orjson
 import structlog
 
 from smsd import database, queue
@@ -85,10 +85,12 @@ class Inbox:
             updated, kept = await queue.apply_receipts(self._pool, rows)
         except asyncpg.DataError:
             if len(rows) > 1:
-                return sum([await self._apply([row]) for row in rows])
-            body = orjson.dumps(rows[0]._asdict(), default=str).decode(errors="replace")
+                middle = len(rows) // 2
+                return await self._apply(rows[:middle]) + await self._apply(rows[middle:])
+            # Spelled in ASCII, which Postgres takes whatever it stands for.
+            body = json.dumps(rows[0]._asdict(), default=str)
             await queue.keep_raw_receipts(
-                self._pool, rows[0].account_id, [body.replace("\\u0000", "")], ["cannot be stored"]
+                self._pool, rows[0].account_id, [body], ["cannot be stored"]
             )
             return 0
         if kept:

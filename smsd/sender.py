@@ -86,8 +86,7 @@ class Sender:
         while not self._stopping.is_set():
             self._look.clear()
             try:
-                for row in await queue.accounts(self._pool):
-                    self._meet(row)
+                await self._read_accounts()
             except database.AWAY as error:
                 log.warning("accounts.read_failed", error=repr(error))
             for account_id, loop in list(self._loops.items()):
@@ -95,6 +94,10 @@ class Sender:
                     del self._loops[account_id]
                     loop.result()
             await _first_of(SLOW_LOOK_SECONDS, self._look, self._stopping)
+
+    async def _read_accounts(self) -> None:
+        for row in await queue.accounts(self._pool):
+            self._meet(row)
 
     def _meet(self, row: queue.AccountRow) -> None:
         account = self._accounts.get(row.id)
@@ -121,7 +124,7 @@ class Sender:
             account.news.clear()
             want, priority_only = account.room()
             if not want or not self._standing.replica_id:
-                await _first_of(SLOW_LOOK_SECONDS, account.news, self._stopping)
+                await _first_of(account.closed_seconds(), account.news, self._stopping)
                 continue
             pause = SLOW_LOOK_SECONDS
             try:
@@ -175,14 +178,15 @@ class Sender:
             if intent is None:
                 return
             bound = bound.bind(attempt=intent.attempt)
+            credentials = self._credentials(account.row)
             try:
-                result = await self._post(account, grant, intent)
+                result = await self._post(credentials, grant, intent)
             except mitto.Withdrawn as withdrawn:
                 account.missed_slot()
                 await self._withdraw(grant, withdrawn.reason)
                 return
             account.answered(grant, result)
-            await self._settle(account, grant, intent, result, bound)
+            await self._settle(account, credentials, grant, intent, result, bound)
         except Exception:
             # A fault of ours must not leave a batch behind that nobody will touch again.
             bound.exception("batch.failed")
@@ -226,7 +230,7 @@ class Sender:
         )
 
     async def _post(
-        self, account: "_Account", grant: queue.Grant, intent: queue.Intent
+        self, credentials: mitto.Account, grant: queue.Grant, intent: queue.Intent
     ) -> mitto.Result:
         """Waits for the slot and posts. Raises Withdrawn when it must not leave any more."""
         starts_at = self._clock.surely_at(grant.slot_us)
@@ -243,23 +247,21 @@ class Sender:
             mitto.Item(message_id, phone, text, intent.sender)
             for message_id, phone, text in zip(intent.ids, intent.phones, intent.texts, strict=True)
         ]
-        api_key = account.row.api_key or self._default_key()
-        credentials = mitto.Account(
-            account.row.id, account.row.provider_id, api_key, account.row.server_error_means
-        )
         if (wait := starts_at - mitto.clock()) > 0:
             await asyncio.sleep(wait)
         return await self._client.send(credentials, items, gate)
 
-    def _default_key(self) -> str:
-        key = self._settings.mitto_api_key
-        return key.get_secret_value() if key else ""
+    def _credentials(self, row: queue.AccountRow) -> mitto.Account:
+        default = self._settings.mitto_api_key
+        api_key = row.api_key or (default.get_secret_value() if default else "")
+        return mitto.Account(row.id, row.provider_id, api_key, row.server_error_means)
 
     # --------------------------------------------------------------------------------------- settle
 
     async def _settle(
         self,
         account: "_Account",
+        credentials: mitto.Account,
         grant: queue.Grant,
         intent: queue.Intent,
         result: mitto.Result,
@@ -269,7 +271,9 @@ class Sender:
         if result.outcome is Outcome.ACCEPTED:
             became = await self._settle_items(grant, intent, result, bound)
         else:
-            await database.until_written(lambda: self._act_on(account, grant, intent, result))
+            await database.until_written(
+                lambda: self._act_on(account, credentials, grant, intent, result)
+            )
             became = await database.until_written(
                 lambda: self._settle_whole(account, grant, intent, result)
             )
@@ -315,27 +319,37 @@ class Sender:
         return "done" if written else "duplicate"
 
     async def _act_on(
-        self, account: "_Account", grant: queue.Grant, intent: queue.Intent, result: mitto.Result
+        self,
+        account: "_Account",
+        credentials: mitto.Account,
+        grant: queue.Grant,
+        intent: queue.Intent,
+        result: mitto.Result,
     ) -> None:
         """What an outcome means beyond its batch: the account waits, the account stops, the campaign stops."""
-        row, detail = account.row, result.detail
+        account_id, detail = credentials.id, result.detail
         match result.outcome:
             case Outcome.THROTTLED:
-                seconds = result.retry_after_seconds or account.throttle_seconds()
-                await queue.block_account(self._pool, row.id, seconds)
+                seconds = account.throttle_seconds(result)
+                await queue.block_account(self._pool, account_id, seconds)
             case Outcome.ACCOUNT_BROKEN:
-                await queue.pause_account(self._pool, row.id, "UNAUTHORIZED", detail)
+                await self._pause(credentials, "UNAUTHORIZED", detail)
             case Outcome.MISDIRECTED:
-                await queue.pause_account(self._pool, row.id, "MISDIRECTED", detail)
+                await self._pause(credentials, "MISDIRECTED", detail)
             case Outcome.TOO_LARGE if len(intent.ids) > 1:
-                await queue.lower_largest_request(self._pool, row.id, len(intent.ids))
+                await queue.lower_largest_request(self._pool, account_id, len(intent.ids))
             case Outcome.LANE_BROKEN if grant.campaign_id:
                 reason = "FORBIDDEN_BY_PROVIDER"
                 _, others = await queue.pause_campaign_of(
                     self._pool, grant.batch_id, reason, detail
                 )
                 if others:
-                    await queue.pause_account(self._pool, row.id, reason, detail)
+                    await self._pause(credentials, reason, detail)
+
+    async def _pause(self, credentials: mitto.Account, reason: str, detail: str) -> None:
+        api_key = credentials.api_key
+        if not await queue.pause_account(self._pool, credentials.id, reason, detail, api_key):
+            await self._read_accounts()  # the key may be another by now
 
     async def _settle_whole(
         self, account: "_Account", grant: queue.Grant, intent: queue.Intent, result: mitto.Result
@@ -407,6 +421,11 @@ class _Account:
         spare = free + PRIORITY_PLACES if self.row.max_in_flight is None else 0
         return max(0, spare), True
 
+    def closed_seconds(self) -> float:
+        """How long to wait for a place, at most."""
+        closed = self._open_until - mitto.clock()
+        return min(closed, SLOW_LOOK_SECONDS) if closed > 0 else SLOW_LOOK_SECONDS
+
     def missed_slot(self) -> None:
         """This process was too slow for a slot: fewer at once from now on (as TCP does when a packet is lost)."""
         self._window = max(1.0, self._window / 2)
@@ -439,12 +458,20 @@ class _Account:
                     )
             return
         self._missed = 0
-        self._throttled = self._throttled + 1 if result.outcome is Outcome.THROTTLED else 0
+        if result.outcome is Outcome.THROTTLED:
+            self._throttled += 1
+            # Here at once; on other replicas as soon as it is written.
+            until = mitto.clock() + self.throttle_seconds(result)
+            self._open_until = max(self._open_until, until)
+        else:
+            self._throttled = 0
         self._seconds.add(mitto.clock() - claimed_at)
         self._window = min(self._window + 1.0, REPLICA_IN_FLIGHT / 2)
 
-    def throttle_seconds(self) -> float:
-        """How long to wait when Mitto throttles without saying: a second, doubled while it goes on."""
+    def throttle_seconds(self, result: mitto.Result) -> float:
+        """How long to wait: as Mitto says, or a second, doubled while it goes on."""
+        if result.retry_after_seconds:
+            return result.retry_after_seconds
         return min(THROTTLE_SECONDS_MOST, THROTTLE_SECONDS * 2.0 ** max(0, self._throttled - 1))
 
     def arrived_late(self, result: mitto.Result) -> bool:

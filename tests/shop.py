@@ -210,12 +210,19 @@ async def check_the_account(shop: Shop, campaign_id: int) -> campaigns.Progress:
     return progress
 
 
-async def until_somebody_waits(pool: database.Pool) -> None:
-    """Returns once a session of this database waits for a lock."""
-    async with asyncio.timeout(5):
-        while not await pool.fetchval(
-            "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
-        ):
+async def until_somebody_waits(pool: database.Pool, n: int = 1) -> None:
+    """Returns once so many sessions of this database wait for a lock."""
+    waiting = "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
+    async with asyncio.timeout(10):
+        while await pool.fetchval(waiting) < n:
+            await asyncio.sleep(0.01)
+
+
+async def until_waited_for(pool: database.Pool, holder: database.Connection) -> None:
+    """Returns once a session waits for a lock of the holder's."""
+    waiting = "select exists (select from pg_stat_activity where $1 = any (pg_blocking_pids(pid)))"
+    async with asyncio.timeout(10):
+        while not await pool.fetchval(waiting, holder.get_server_pid()):
             await asyncio.sleep(0.01)
 
 

@@ -266,9 +266,12 @@ async def test_a_refresh_stays_within_its_share_of_the_accounts_limit(world: Wor
 async def test_a_refresh_stops_when_mitto_wants_less_and_the_account_waits(world: World) -> None:
     campaign_id = await world.campaign(30)
     world.simulator.switches.max_requests_per_second = 1
+    before = len(world.simulator.ledger.requests)
     reply = await world.me.post(f"/api/campaigns/{campaign_id}/refresh-status")
     assert reply.status == 200
     assert reply.body["refreshed"] < 30
+    # One that is answered, and those that were on their way when it said so.
+    assert len(world.simulator.ledger.requests) - before <= 1 + 8
     blocked = await world.shop.pool.fetchval(
         "select blocked_until > clock_timestamp() - interval '10 s' from traffic_account where id = $1",
         world.me.account_id,

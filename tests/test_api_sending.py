@@ -292,7 +292,11 @@ async def test_after_a_402_and_a_top_up_the_same_key_sends_and_then_repeats_its_
 async def test_of_many_presses_at_once_one_sends(me: TenantCaller, db: Pool) -> None:
     await add_contacts(db, me.id, 8)
     campaign_id = await draft(me)
-    replies = await asyncio.gather(*(enqueue(me, campaign_id) for _ in range(5)))
+    async with db.acquire() as gate, gate.transaction():
+        await gate.execute("select from tenant for update")
+        presses = [asyncio.create_task(enqueue(me, campaign_id)) for _ in range(5)]
+        await until_somebody_waits(db, 5)
+    replies = await asyncio.gather(*presses)
     assert sorted(reply.status for reply in replies) == [202, 409, 409, 409, 409]
     assert {r.body["code"] for r in replies if r.status == 409} == {"ALREADY_SENDING"}
     assert await db.fetchval("select count(*) from expansion") == 1

@@ -18,6 +18,7 @@ from shop import (
     check_the_account,
     new_shop,
     until_somebody_waits,
+    until_waited_for,
 )
 
 from smsd import campaigns, credits, database, expansions, queue
@@ -359,6 +360,32 @@ async def test_a_finish_that_meets_a_retry_leaves_the_campaign_sending(shop: Sho
     assert await shop.status(campaign_id) == "sending"
 
 
+async def test_a_finish_that_meets_a_batch_given_back_leaves_the_campaign_sending(
+    shop: Shop,
+) -> None:
+    campaign_id = await shop.sending(5)
+    ((grant, intent),) = await shop.post()
+    await queue.settle_batch(shop.pool, grant.batch_id, intent.attempt, "unknown", "unknown")
+    async with shop.pool.acquire() as db, db.transaction():
+        assert await queue.withdraw(db, grant, "late")
+        assert await campaigns.finish(shop.pool) == []
+    assert await campaigns.finish(shop.pool) == []
+    progress = await check_the_account(shop, campaign_id)
+    assert (progress.campaign.status, progress.totals.queued) == ("sending", 5)
+
+
+async def test_a_campaign_that_ended_sends_again_when_a_batch_of_it_is_given_back(
+    shop: Shop,
+) -> None:
+    campaign_id = await shop.sending(5)
+    ((grant, intent),) = await shop.post()
+    await queue.settle_batch(shop.pool, grant.batch_id, intent.attempt, "unknown", "unknown")
+    assert await campaigns.finish(shop.pool) == [campaign_id]
+    assert await queue.withdraw(shop.pool, grant, "late")
+    campaign = (await check_the_account(shop, campaign_id)).campaign
+    assert (campaign.status, campaign.finished_at) == ("sending", None)
+
+
 # ------------------------------------------------------------------------------- pause, resume, cancel
 
 
@@ -477,6 +504,33 @@ async def test_a_batch_given_back_or_cut_while_its_campaign_is_cancelled_is_canc
     progress = await check_the_account(shop, campaign_id)
     assert progress.totals.cancelled == 10
     assert await shop.pool.fetchval("select count(*) from batch where state < 10") == 0
+
+
+async def test_batches_cut_again_and_again_while_their_campaign_is_cancelled_are_cancelled_too(
+    shop: Shop,
+) -> None:
+    campaign_id = await shop.sending(20, batch_size=10)
+    pool = shop.pool
+    first, second = [row["id"] for row in await pool.fetch("select id from batch order by id")]
+    async with pool.acquire() as one, pool.acquire() as other, pool.acquire() as third:
+        await one.execute("begin")
+        await one.execute("select cut_batch($1, 4)", first)
+        await other.execute("begin")
+        await other.execute("select from batch where id = $1 for no key update", second)
+        cancelling = asyncio.create_task(shop.act(campaign_id, campaigns.cancel))
+        await until_waited_for(pool, one)
+        await one.execute("commit")
+        await until_waited_for(pool, other)
+        # What was cut off is claimed and cut once more, all of it unseen by the first look.
+        rest = await pool.fetchval("select max(id) from batch")
+        await third.execute("begin")
+        await third.execute("select cut_batch($1, 2)", rest)
+        await third.execute("update batch set state = 2 where id = $1", rest)
+        await other.execute("commit")
+        await until_waited_for(pool, third)
+        await third.execute("commit")
+        await cancelling
+    assert await pool.fetchval("select count(*) from batch where state in (0, 1)") == 0
 
 
 # ------------------------------------------------------------------------------------------ retry failed
@@ -609,7 +663,7 @@ async def test_what_a_campaign_waits_for_has_a_word(shop: Shop) -> None:
         await shop.pool.execute(f"update {table} set requests_per_second = 50000")
     await queue.block_account(shop.pool, shop.account_id, 60)
     assert await word() == "account_throttled"
-    await queue.pause_account(shop.pool, shop.account_id, "UNAUTHORIZED", "x")
+    await queue.pause_account(shop.pool, shop.account_id, "UNAUTHORIZED", "x", "")
     assert await word() == "account_paused"
     await shop.act(campaign_id, campaigns.pause)
     assert await word() is None

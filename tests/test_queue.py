@@ -234,9 +234,11 @@ async def test_a_lane_that_is_stopped_gives_nothing(shop: Shop, column: str) -> 
 
 
 async def test_a_paused_account_gives_nothing_and_says_so(shop: Shop) -> None:
-    await shop.sending(5)
-    assert await queue.pause_account(shop.pool, shop.account_id, "UNAUTHORIZED", "no")
-    assert not await queue.pause_account(shop.pool, shop.account_id, "MISDIRECTED", "later")
+    await shop.sending(10)
+    assert not await queue.pause_account(shop.pool, shop.account_id, "UNAUTHORIZED", "no", "old")
+    assert len(await shop.claim()) == 1, "a key that has been replaced says nothing of the account"
+    assert await queue.pause_account(shop.pool, shop.account_id, "UNAUTHORIZED", "no", "key")
+    assert not await queue.pause_account(shop.pool, shop.account_id, "MISDIRECTED", "later", "key")
     claim = await ask(shop)
     assert (claim.grants, claim.waits_for, claim.back_us) == ((), "account_paused", None)
     assert await shop.pool.fetchval("select paused_reason from traffic_account") == "UNAUTHORIZED"
@@ -724,7 +726,7 @@ async def test_an_intent_after_a_pause_puts_the_batch_back(shop: Shop, who: str)
     if who == "campaign":
         await shop.act(campaign_id, campaigns.pause)
     else:
-        await queue.pause_account(shop.pool, shop.account_id, "UNAUTHORIZED", "x")
+        await queue.pause_account(shop.pool, shop.account_id, "UNAUTHORIZED", "x", "key")
     assert (await queue.intent(shop.pool, grant, shop.replica_id)).verdict == "paused"
     assert await batches(shop.pool) == {BatchState.READY: 1}
     await shop.pool.execute("update lane set paused = false")

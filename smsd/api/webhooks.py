@@ -53,9 +53,7 @@ async def dlr(req: Request) -> Received:
     raw = [(r._asdict(), f"unknown state {r.word!r}") for r in read.receipts if r.state is None]
     odd = [*raw, *read.rejected]
     if odd:
-        bodies = [
-            orjson.dumps(body, default=str).decode().replace("\\u0000", "") for body, _ in odd
-        ]
+        bodies = [orjson.dumps(body, default=str).decode() for body, _ in odd]
         await queue.keep_raw_receipts(req.ctx.pool, account_id, bodies, [why for _, why in odd])
     try:
         updated = await req.ctx.receipts.put(rows)

@@ -393,6 +393,7 @@ end $$;
 
 -- Nobody waits for what is unknown; what turns out not to have been sent is to be sent by a campaign that goes on.
 create function reopen_campaign(p_campaign bigint) returns void language sql as $$
+  select from campaign where id = p_campaign for no key update;   -- even if it still sends: it might end this moment
   update campaign set status = 'sending', finished_at = null, updated_at = clock_timestamp()
    where id = p_campaign and status in ('completed', 'failed')
 $$;
@@ -724,8 +725,8 @@ declare b record;
 begin
   released := 0; unknown := 0;
   for b in
-    select x.id, x.state, x.epoch, x.attempt, x.lane_id, x.first_id, l.closed
-      from batch x join replica r on r.id = x.owner join lane l on l.id = x.lane_id
+    select x.id, x.state, x.epoch, x.attempt, x.lane_id, x.first_id
+      from batch x join replica r on r.id = x.owner
      where (x.state in (2, 3) and r.gone_at is not null) or (x.state = 2 and x.slot < clock_us() - 5000000)
      order by x.id for no key update of x skip locked
   loop
@@ -733,7 +734,7 @@ begin
       update batch set state = 11, owner = null where id = b.id;
       perform end_attempt(b.id, b.attempt, 'unknown', null, 'replica_died', null);
       unknown := unknown + 1;
-    elsif b.closed then
+    elsif (select closed from lane where id = b.lane_id) then   -- as it is now that the batch is locked
       perform cancel_batch(b.id, '{2}');
     else
       update batch set state = case when tries > 0 then 1 else 0 end, owner = null, slot = null,

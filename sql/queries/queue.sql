@@ -82,9 +82,9 @@ update traffic_account
  where id = $1;
 
 -- name: pause_account
--- Nothing leaves for it until a person lifts it.
+-- Nothing leaves for it until a person lifts it; unless that person has already given it another key than $4.
 update traffic_account set paused_reason = $2, paused_detail = $3, updated_at = clock_timestamp()
- where id = $1 and paused_reason is null returning id;
+ where id = $1 and paused_reason is null and (api_key is null or api_key = $4) returning id;
 
 -- name: lower_largest_request
 -- Mitto said 413 to n messages: from now on at most half of that.

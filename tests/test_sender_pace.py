@@ -1,0 +1,424 @@
+"""The sender's pace, its neighbours and its losses: limits as Mitto sees them, accounts and tenants beside each other,
+slots that are missed, and a Postgres that goes away in the middle."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from shop import Shop, check_the_account
+from structlog.testing import capture_logs
+from support import Relay, assert_sound, largest_window, new_account, open_shop, sending
+
+from smsd import credits, database, queue
+from smsd.simulator import Simulator, Switches
+
+SECOND_US = 1_000_000
+OPEN = "select count(*) from batch where state < 10"
+
+
+@pytest.fixture
+async def account(pool: database.Pool) -> int:
+    return await new_account(pool)
+
+
+@pytest.fixture
+async def shop(pool: database.Pool, account: int) -> AsyncIterator[Shop]:
+    """A shop; whatever the test did with it, the audit finds nothing afterwards."""
+    yield await open_shop(pool, account, await queue.register(pool, "test", "0"))
+    await assert_sound(pool)
+
+
+@pytest.fixture
+async def mitto() -> AsyncIterator[Simulator]:
+    """A provider; whatever the test did to it, nobody got a message twice."""
+    async with Simulator(Switches(dlr=False)) as simulator:
+        yield simulator
+        assert simulator.ledger.duplicates("destination") == []
+
+
+async def change_account(pool: database.Pool, account_id: int, **fields: int | str) -> None:
+    for name, value in fields.items():
+        await pool.execute(f"update traffic_account set {name} = $2 where id = $1", account_id, value)
+
+
+async def outcomes(pool: database.Pool) -> list[str]:
+    rows = await pool.fetch("select outcome from attempt order by intent_at")
+    return [row["outcome"] for row in rows]
+
+
+async def one_message(pool: database.Pool, shop: Shop, phone: int) -> None:
+    """Queues a single message, as the API does."""
+    async with pool.acquire() as connection, connection.transaction():
+        assert await queue.add_message(
+            connection, shop.id, shop.account_id, phone, "Code", "Shop", 1
+        )
+
+
+class Sent(NamedTuple):
+    """One request of a batch, and how long after the batch's slot it arrived (one clock: one machine)."""
+
+    tenant_id: int
+    arrived: float
+    late_seconds: float
+
+
+async def sent_requests(pool: database.Pool, mitto: Simulator) -> list[Sent]:
+    """Every request of which something was accepted, in the order of arrival."""
+    rows = await pool.fetch(
+        "select m.phone, m.tenant_id, extract(epoch from a.slot_at)::float8 as slot_at from message m"
+        " join batch b on m.id between b.first_id and b.last_id and m.campaign_id = b.campaign_id"
+        " join attempt a on a.batch_id = b.id and a.n = b.attempt"
+    )
+    batches = {row["phone"]: row for row in rows}
+    requests = {}
+    for one in mitto.ledger.messages():
+        if (batch := batches.get(one.destination)) is not None:
+            requests[one.request] = batch
+    return [
+        Sent(batch["tenant_id"], request.arrived_monotonic, request.arrived_at - batch["slot_at"])
+        for number, batch in sorted(requests.items())
+        for request in [mitto.ledger.requests[number]]
+    ]
+
+
+def worst_second(arrivals: list[float]) -> int:
+    return largest_window([(int(at * SECOND_US), 1) for at in arrivals], SECOND_US)
+
+
+def per_second(arrivals: list[float]) -> float:
+    return (len(arrivals) - 1) / (max(arrivals) - min(arrivals))
+
+
+# --------------------------------------------------------------------------------------------- limits
+
+
+@pytest.mark.parametrize("limit", [20, 100])
+async def test_two_replicas_together_keep_to_the_limit_and_use_it(
+    pool: database.Pool, account: int, shop: Shop, mitto: Simulator, dsn: str, limit: int,
+    record_property: Callable[[str, object], None],
+) -> None:  # fmt: skip
+    await change_account(pool, account, requests_per_second=limit)
+    await shop.sending(5 * limit, batch_size=1)
+    async with AsyncExitStack() as stack:
+        for name in ("first", "second"):
+            own = await database.open_pool(dsn, 8)
+            stack.push_async_callback(own.close)
+            replica_id = await queue.register(own, name, "0")
+            await stack.enter_async_context(sending(own, replica_id, mitto.url))
+        await mitto.requests_reached(3 * limit)
+    arrivals = [request.arrived_monotonic for request in mitto.ledger.requests]
+    used, worst = per_second(arrivals) / limit, mitto.ledger.worst_second("main")
+    record_property("used", round(used, 3))
+    record_property("worst_second", worst)
+    assert worst <= limit
+    assert used >= 0.9
+    late = [one.late_seconds for one in await sent_requests(pool, mitto)]
+    assert -0.001 < min(late)
+    assert max(late) < queue.GUARD_US / SECOND_US
+    replicas = await pool.fetchval("select count(distinct replica_id) from attempt")
+    assert replicas == 2, "otherwise it was not shown that they share the limit"
+
+
+async def test_a_tenant_s_lower_limit_holds_and_the_account_s_other_tenant_takes_the_rest(
+    pool: database.Pool, account: int, shop: Shop, mitto: Simulator
+) -> None:
+    await change_account(pool, account, requests_per_second=100)
+    slow = await open_shop(pool, account, shop.replica_id, requests_per_second=10)
+    await slow.sending(100, batch_size=1)
+    await shop.sending(400, batch_size=1)
+    async with sending(pool, shop.replica_id, mitto.url) as at_work:
+        await mitto.requests_reached(300)
+        await at_work.sender.stop()
+        sent = await sent_requests(pool, mitto)
+    arrivals = {
+        tenant_id: [one.arrived for one in sent if one.tenant_id == tenant_id]
+        for tenant_id in (slow.id, shop.id)
+    }
+    assert worst_second(arrivals[slow.id]) <= 10
+    assert worst_second([one.arrived for one in sent]) <= 100
+    assert per_second(arrivals[slow.id]) >= 9
+    assert per_second(arrivals[slow.id] + arrivals[shop.id]) >= 90
+
+
+async def test_the_requests_in_flight_grow_to_what_a_slow_provider_needs_for_the_limit(
+    pool: database.Pool, account: int, shop: Shop, mitto: Simulator
+) -> None:
+    mitto.switches = Switches(dlr=False, latency_seconds=0.3)
+    await change_account(pool, account, requests_per_second=100)
+    await shop.sending(600, batch_size=1)
+    async with sending(pool, shop.replica_id, mitto.url, worker_concurrency=5):
+        await mitto.requests_reached(450)
+    arrivals = [request.arrived_monotonic for request in mitto.ledger.requests]
+    assert 90 <= mitto.ledger.worst_second("main") <= 100
+    assert per_second(arrivals[-200:]) >= 85
+    assert 27 <= mitto.ledger.max_in_flight("main") <= 60, "100 a second, 0.3 s each: 30"
+
+
+# ------------------------------------------------------------------------------------ one beside another
+
+
+async def test_beside_an_account_that_hangs_another_s_single_message_leaves_at_once(
+    pool: database.Pool, shop: Shop, mitto: Simulator
+) -> None:
+    mitto.switches = Switches(dlr=False, hang_before_accept=1, only_accounts=("main",))
+    second = await open_shop(pool, await new_account(pool, "second"), shop.replica_id)
+    await shop.sending(1_000)
+    seconds = []
+    async with sending(pool, shop.replica_id, mitto.url, mitto_timeout=4):
+        await one_message(pool, second, 306911111110)  # wakes its limiter, which begins closed
+        await mitto.until(lambda: mitto.ledger.accepted_count == 1 and mitto.ledger.in_flight >= 5)
+        for i in range(1, 6):
+            started = time.monotonic()
+            await one_message(pool, second, 306911111110 + i)
+            await mitto.accepted_reached(1 + i)
+            seconds.append(time.monotonic() - started)
+        assert mitto.ledger.in_flight >= 5, "the other hangs all the while"
+    assert sorted(seconds)[2] < 0.25
+    assert max(seconds) < 1
+
+
+async def test_a_throttled_account_is_quiet_on_every_replica_until_its_time(
+    pool: database.Pool, account: int, shop: Shop, mitto: Simulator, dsn: str
+) -> None:
+    """What had its intent already when the 429 came may still arrive; nothing else."""
+    await change_account(pool, account, requests_per_second=50)
+    mitto.switches = Switches(dlr=False, fail_429=1, faults_left=0, retry_after=1)
+    campaign_id = await shop.sending(120, batch_size=1)
+    async with AsyncExitStack() as stack:
+        for name in ("first", "second"):
+            own = await database.open_pool(dsn, 8)
+            stack.push_async_callback(own.close)
+            replica_id = await queue.register(own, name, "0")
+            at_work = await stack.enter_async_context(sending(own, replica_id, mitto.url))
+        await mitto.requests_reached(20)
+        mitto.switches.faults_left = 1
+        await mitto.requests_reached(120)
+        await at_work.until(lambda: pool.fetchval("select min(state) >= 10 from batch"))
+    (refused,) = [one for one in mitto.ledger.requests if one.status == 429]
+    assert refused.finished_monotonic is not None
+    since = [one.arrived_monotonic - refused.finished_monotonic for one in mitto.ledger.requests]
+    quiet = [seconds for seconds in since if 0.15 < seconds < 0.95]
+    assert quiet == []
+    assert any(seconds >= 1 for seconds in since)
+    assert sorted(await outcomes(pool)) == ["accepted"] * 120 + ["throttled"]
+    assert await pool.fetchval("select max(tries) from batch") == 0
+    assert (await check_the_account(shop, campaign_id)).totals.pending == 120
+
+
+# --------------------------------------------------------------------------------- what became of a POST
+
+
+@pytest.mark.parametrize(
+    "fault",
+    ["accept_then_reset", "accept_then_hang", "accept_then_502", "hang_before_accept", "fail_502",
+     "fail_500_html", "broken_answer", "short_answer", "long_answer"],
+)  # fmt: skip
+async def test_one_unknown_batch_stays_out_while_the_rest_of_its_campaign_goes_on(
+    pool: database.Pool, shop: Shop, mitto: Simulator, fault: str
+) -> None:
+    """Also where Mitto's own error body means refused."""
+    mitto.switches = Switches(dlr=False, **{fault: 1.0}, faults_left=1)  # type: ignore[arg-type]
+    campaign_id = await shop.begin(20)
+    await shop.expand(20, segments=3)
+    async with sending(pool, shop.replica_id, mitto.url, mitto_timeout=0.5) as at_work:
+        await at_work.until_done()
+        at_work.sender.wake(None)
+        await shop.expand(0)
+        await shop.sending(5)  # whatever would have been posted before this is, is here now
+        await at_work.until_done()
+    assert len(mitto.ledger.requests) == 5
+    assert sorted(await outcomes(pool)) == ["accepted"] * 4 + ["unknown"]
+    sums = (await check_the_account(shop, campaign_id)).totals
+    assert (sums.pending, sums.unknown) == (15, 5)
+    assert await credits.balance(pool, shop.id) == (10_000 - 50, 15)
+
+
+async def test_a_server_error_with_mitto_s_own_body_is_unknown_where_the_account_says_so(
+    pool: database.Pool, account: int, shop: Shop, mitto: Simulator
+) -> None:
+    await change_account(pool, account, server_error_means="unknown")
+    mitto.switches = Switches(dlr=False, fail_500=1, faults_left=1)
+    campaign_id = await shop.sending(10)
+    async with sending(pool, shop.replica_id, mitto.url) as at_work:
+        await at_work.until_done()
+    assert len(mitto.ledger.requests) == 2
+    sums = (await check_the_account(shop, campaign_id)).totals
+    assert (sums.pending, sums.unknown) == (5, 5)
+
+
+async def test_connections_that_the_provider_closed_while_they_rested_lose_nothing(
+    pool: database.Pool, shop: Shop, mitto: Simulator
+) -> None:
+    campaigns = []
+    async with sending(pool, shop.replica_id, mitto.url) as at_work:
+        for _ in range(3):
+            campaigns.append(await shop.sending(20))
+            await at_work.until_done()
+            await mitto.stop()
+            await mitto.start()
+    for campaign_id in campaigns:
+        assert (await check_the_account(shop, campaign_id)).totals.pending == 20
+    assert set(await outcomes(pool)) <= {"accepted", "never_left"}
+    assert mitto.ledger.accepted_count == 60
+
+
+# --------------------------------------------------------------------------------------- missed slots
+
+
+async def test_a_loop_blocked_between_intent_and_slot_withdraws_and_sends_in_another_slot(
+    pool: database.Pool, account: int, shop: Shop, mitto: Simulator, connection: database.Connection
+) -> None:
+    """Blocked by our own hearing of the intent: that is when it has just become durable."""
+    await connection.execute(
+        "create function tell() returns trigger language plpgsql as"
+        " $$ begin notify intent_written; return null; end $$;"
+        "create trigger tell after insert on attempt execute function tell()"
+    )
+    times = 0
+
+    def block(*_: object) -> None:
+        nonlocal times
+        times += 1
+        if times <= 3:
+            time.sleep(0.3)
+
+    await connection.add_listener("intent_written", block)
+    await change_account(pool, account, requests_per_second=20)
+    campaign_id = await shop.sending(20)
+    with capture_logs() as logs:
+        async with sending(pool, shop.replica_id, mitto.url) as at_work:
+            await at_work.until_done()
+    await connection.remove_listener("intent_written", block)
+    withdrawn = [line for line in logs if line["event"] == "batch.withdrawn"]
+    assert any("past its slot" in line["reason"] for line in withdrawn)
+    assert all(one.late_seconds < 0.03 for one in await sent_requests(pool, mitto))
+    ended = await outcomes(pool)
+    assert ended.count("accepted") == 4
+    assert set(ended) == {"accepted", "withdrawn"}
+    assert await pool.fetchval("select max(tries) from batch") == 0
+    assert len(mitto.ledger.requests) == 4
+    assert (await check_the_account(shop, campaign_id)).totals.pending == 20
+
+
+async def test_a_heartbeat_that_is_not_acknowledged_any_more_stops_what_has_its_intent(
+    pool: database.Pool, account: int, shop: Shop, mitto: Simulator
+) -> None:
+    await change_account(pool, account, requests_per_second=20)
+    await shop.sending(20, batch_size=1)
+    with capture_logs() as logs:
+        async with sending(pool, shop.replica_id, mitto.url) as at_work:
+            await mitto.requests_reached(3)
+            at_work.standing.beat_at -= 0.9 * at_work.standing.lease_seconds
+            before = len(mitto.ledger.requests)
+            await at_work.until(lambda: withdrawn_for(logs, "heartbeat", 2))
+            assert len(mitto.ledger.requests) == before
+            at_work.standing.beat_at = queue_clock()
+            await at_work.until_done()
+    assert len(mitto.ledger.requests) == 20
+    assert set(await outcomes(pool)) == {"accepted", "withdrawn"}
+
+
+def queue_clock() -> float:
+    from smsd import mitto
+
+    return mitto.clock()
+
+
+async def withdrawn_for(logs: list[Any], why: str, times: int) -> bool:
+    found = [one for one in logs if one["event"] == "batch.withdrawn" and why in one["reason"]]
+    return len(found) >= times
+
+
+# ---------------------------------------------------------------------------------- stop, and Postgres away
+
+
+async def test_a_stop_leaves_no_lease_no_open_attempt_and_no_counted_try(
+    pool: database.Pool, account: int, shop: Shop, mitto: Simulator
+) -> None:
+    mitto.switches = Switches(dlr=False, latency_seconds=0.5)
+    await change_account(pool, account, requests_per_second=20)
+    campaign_id = await shop.sending(100, batch_size=1)
+    async with sending(pool, shop.replica_id, mitto.url) as at_work:
+        await mitto.requests_reached(6)
+        started = time.monotonic()
+        await at_work.sender.stop()
+        took = time.monotonic() - started
+    posted = len(mitto.ledger.requests)
+    assert took < 1.5, "an answer takes 0.5 s"
+    assert mitto.ledger.accepted_count == posted < 12
+    states = await pool.fetch("select state, count(*) as n from batch group by 1 order by 1")
+    assert [tuple(row) for row in states] == [(0, 100 - posted), (10, posted)]
+    assert not await pool.fetchval(
+        "select count(*) from batch where owner is not null or tries > 0"
+    )
+    assert set(await outcomes(pool)) <= {"accepted", "withdrawn"}
+    async with sending(pool, shop.replica_id, mitto.url) as at_work:
+        await mitto.requests_reached(posted + 10)
+    assert (await check_the_account(shop, campaign_id)).totals.unknown == 0
+    assert mitto.ledger.worst_second("main") <= 20, "a stop and a start are no excuse"
+
+
+async def test_answers_are_written_after_every_connection_to_postgres_was_cut(
+    pool: database.Pool, shop: Shop, mitto: Simulator, connection: database.Connection
+) -> None:
+    mitto.switches = Switches(dlr=False, latency_seconds=0.3)
+    campaign_id = await shop.sending(60)
+    async with sending(pool, shop.replica_id, mitto.url) as at_work:
+        await mitto.requests_reached(4)
+        cut = await connection.fetchval(
+            "select count(pg_terminate_backend(pid)) from pg_stat_activity"
+            " where datname = current_database() and pid <> pg_backend_pid()"
+        )
+        assert cut > 1
+        await at_work.until(lambda: none_open(connection))
+    assert set(await outcomes(pool)) <= {"accepted", "withdrawn", "never_left"}
+    assert (await check_the_account(shop, campaign_id)).totals.pending == 60
+    assert len(mitto.ledger.requests) == 12
+
+
+async def none_open(connection: database.Connection) -> bool:
+    return int(await connection.fetchval(OPEN)) == 0
+
+
+class Deaf(Relay):
+    """A relay that loses exactly one answer: the next that says "post", the verdict of an intent."""
+
+    deaf = False
+
+    async def _pump(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, lossy: bool
+    ) -> None:
+        while data := await reader.read(65536):
+            if lossy and self.deaf and b"\x00\x00\x00\x04post" in data:
+                self.deaf = False
+                self.lost += 1
+                return
+            writer.write(data)
+
+
+async def test_an_intent_that_was_written_but_not_acknowledged_is_withdrawn_and_sent_later_once(
+    pool: database.Pool, shop: Shop, mitto: Simulator, dsn: str, tmp_path: Path
+) -> None:
+    campaign_id = await shop.sending(5)
+    with capture_logs() as logs:
+        async with Deaf(dsn, tmp_path, 0) as relay:
+            relay.deaf = True
+            own = await database.open_pool(relay.dsn, 8)
+            try:
+                async with sending(own, shop.replica_id, mitto.url) as at_work:
+                    await at_work.until(lambda: none_open_in(pool))
+            finally:
+                own.terminate()
+    assert relay.lost == 1
+    assert await withdrawn_for(logs, "intent not acknowledged", 1)
+    assert await outcomes(pool) == ["withdrawn", "accepted"]
+    assert len(mitto.ledger.requests) == 1
+    assert (await check_the_account(shop, campaign_id)).totals.pending == 5
+
+
+async def none_open_in(pool: database.Pool) -> bool:
+    return int(await pool.fetchval(OPEN)) == 0
