@@ -284,13 +284,14 @@ async def rename_list(db: Executor, tenant_id: int, list_id: int, name: str) -> 
 
 
 async def delete_list(db: Connection, tenant_id: int, list_id: int) -> bool:
-    """Deletes a list, not its contacts. False: no such list. Raises ListInUse: a campaign that excludes a list would
-    otherwise text those on it."""
+    """Deletes a list, not its contacts. False: no such list. Raises ListInUse, for the caller to roll back: a
+    campaign that excludes a list would otherwise text those on it."""
+    if await db.fetchval(SQL["delete_list"], tenant_id, list_id) is None:
+        return False
+    # Only now: whoever is writing a campaign that names the list holds it until then.
     used = await db.fetch(SQL["campaigns_of_list"], tenant_id, list_id)
     if used:
         raise ListInUse([row["id"] for row in used])
-    if await db.fetchval(SQL["delete_list"], tenant_id, list_id) is None:
-        return False
     await db.execute(SQL["empty_list"], list_id)
     return True
 

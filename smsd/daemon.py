@@ -204,6 +204,7 @@ async def _before(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:
     finally:
         stopping.cancel()
         working.cancel()
+        await asyncio.gather(stopping, working, return_exceptions=True)
 
 
 @contextlib.asynccontextmanager

@@ -16,7 +16,6 @@ from typing import Any
 import aiohttp
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from smsd import audit, config, daemon, database, telemetry
 from smsd.embedded import dsn_of
@@ -72,8 +71,9 @@ async def run(csv: Path | None, messages: int | None, *, keep: bool) -> int:
             show = _Demo(console, session, admin, mitto, settings)
             work = asyncio.create_task(show.campaign(source, messages, limit))
             await asyncio.wait({serving, work}, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
+            if stop.is_set():  # Ctrl-C, or the daemon died and has said why
                 work.cancel()
+                await asyncio.gather(work, return_exceptions=True)
                 return 1
             ok = work.result()
             show.how_to_go_on(ready.result(), keep=keep)
@@ -188,11 +188,10 @@ class _Demo:
             f"imported {name}: {results['created']:,} contacts, {results['updated']:,} repeats of a number, "
             f"{results['skipped']:,} lines refused"
         )
-        if results["errors"]:
-            table = Table("line", "value", "why", box=None, pad_edge=False, header_style="dim")
-            for error in results["errors"][:12]:
-                table.add_row(str(error["line"]), str(error["value"])[:30], error["message"])
-            self._console.print(table)
+        for error in results["errors"][:12]:
+            value = str(error["value"])
+            why = error["message"].partition(";")[0].removeprefix(f"{value!r} ")
+            self._say(f"  line {error['line']:>5}  {value[:30]:30}  {why}")
 
     async def _opt_out(self, list_id: int) -> None:
         page = await self._call("GET", f"/api/contacts?listId={list_id}&pageSize={OPT_OUTS}")
@@ -209,9 +208,7 @@ class _Demo:
         )
         for sample in preview["sample"][:2]:
             text = sample["text"].replace("\n", " ")
-            self._console.print(
-                f"  {sample['to']}  {text}", style="dim", markup=False, soft_wrap=True
-            )
+            self._say(f"  {sample['to']}  {text}")
 
     # ------------------------------------------------------------------------------------- during
 
@@ -239,10 +236,9 @@ class _Demo:
                     and time.monotonic() - last_line > PLAIN_LINE_SECONDS
                 ):
                     last_line = time.monotonic()
-                    left = (total - figures["processed"]) / rate if rate > 0 else 0.0
+                    eta = f", ETA {(total - figures['processed']) / rate:.0f} s" if rate else ""
                     self._say(
-                        f"sent {figures['processed']:,} of {total:,} ({rate:,.0f}/s, ETA {left:.0f} s), "
-                        f"receipts {final:,}"
+                        f"sent {figures['processed']:,} of {total:,} ({rate:,.0f}/s{eta}), receipts {final:,}"
                     )
                 if status["campaign"]["status"] in ("completed", "failed", "paused"):
                     deadline = deadline or time.monotonic() + RECEIPTS_SECONDS
@@ -281,14 +277,9 @@ class _Demo:
         if limit:
             worst = ledger.worst_second("demo", "messages")
             rows.append(("worst second", worst, f"messages; the limit is {limit:,}"))
-        table = Table(box=None, show_header=False, pad_edge=False)
-        table.add_column(no_wrap=True)
-        table.add_column(justify="right", no_wrap=True)
-        table.add_column(style="dim")
-        for name, figure, note in rows:
-            table.add_row(name, f"{figure:,}", note)
         self._say(f"the account of the campaign, after {seconds:.1f} s:")
-        self._console.print(table)
+        for name, figure, note in rows:
+            self._say(f"  {name:20} {figure:>9,}  {note}".rstrip())
         parts = ("queued", "processing", "success", "failed", "unknown", "cancelled", "skipped")
         checks = await self._audit()
         broken = [check.name for check in checks if check.broken]
@@ -325,10 +316,13 @@ class _Demo:
             f"curl -H 'Authorization: Bearer {self._key}' {url}/api/campaigns/1/status",
             f"curl {self._mitto.url}/_simulator/ledger",
         ):
+            # Not broken by us: it is there to be copied.
             self._console.print(f"  {line}", markup=False, soft_wrap=True)
 
     def _say(self, line: str) -> None:
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        """A line; a terminal gets it broken between words."""
+        terminal = self._console.is_terminal
+        self._console.print(line, markup=False, highlight=False, soft_wrap=not terminal)
 
 
 async def _made_up(n: int) -> AsyncIterator[bytes]:

@@ -31,7 +31,6 @@ class MessageState(IntEnum):
     DELIVERED = 30
     REFUSED = 40
     SKIPPED = 50
-    CANCELLED = 51
 
 
 class CampaignStatus(StrEnum):

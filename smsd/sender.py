@@ -182,7 +182,7 @@ class Sender:
             try:
                 result = await self._post(credentials, grant, intent)
             except mitto.Withdrawn as withdrawn:
-                account.missed_slot()
+                account.missed_slot(grant)
                 await self._withdraw(grant, withdrawn.reason)
                 return
             account.answered(grant, result)
@@ -400,6 +400,7 @@ class _Account:
         self._fastest = math.inf
         self._missed = 0
         self._open_until = 0.0
+        self._halved_at = -math.inf
         self._throttled = 0
 
     def room(self) -> tuple[int, bool]:
@@ -426,9 +427,12 @@ class _Account:
         closed = self._open_until - mitto.clock()
         return min(closed, SLOW_LOOK_SECONDS) if closed > 0 else SLOW_LOOK_SECONDS
 
-    def missed_slot(self) -> None:
-        """This process was too slow for a slot: fewer at once from now on (as TCP does when a packet is lost)."""
-        self._window = max(1.0, self._window / 2)
+    def missed_slot(self, grant: queue.Grant) -> None:
+        """This process was too slow for a slot: fewer at once from now on (as TCP does when a packet is lost, and like
+        it once for all that were on their way together)."""
+        if self._places[grant] > self._halved_at:
+            self._halved_at = mitto.clock()
+            self._window = max(1.0, self._window / 2)
 
     def start(self, grant: queue.Grant, send: Coroutine[Any, Any, None]) -> None:
         self._places[grant] = mitto.clock()

@@ -123,7 +123,9 @@ async def test_a_new_key_or_a_person_lets_a_paused_account_send_again(
 ) -> None:
     account_id = await api.new_account(apiKey="old")
     await queue.block_account(api.ctx.pool, account_id, 600)
-    assert await queue.pause_account(api.ctx.pool, account_id, "UNAUTHORIZED", "Mitto said 401")
+    assert await queue.pause_account(
+        api.ctx.pool, account_id, "UNAUTHORIZED", "Mitto said 401", "old"
+    )
     stopped = (await api.admin.get(f"{ACCOUNTS}/{account_id}")).body
     assert (stopped["paused"], stopped["pausedReason"]) == (True, "UNAUTHORIZED")
     assert stopped["pausedDetail"] == "Mitto said 401"

@@ -159,7 +159,7 @@ async def test_a_body_beyond_the_limit_is_413_whether_or_not_its_length_is_told(
 
 
 async def test_where_no_secret_is_set_anybody_may(api: Api) -> None:
-    shop, (one,) = await selling(api, 1)
+    _, (one,) = await selling(api, 1)
     assert (await receive(api, receipt(one), "whatever"))[:2] == answered(1, 1)
 
 
@@ -184,7 +184,7 @@ async def test_the_secret_of_everybody_names_nobody_and_stands_beside_those_of_a
 ) -> None:
     given = settings.model_copy(update={"webhook_secret": SecretStr(SHARED)})
     async with open_api(pool, given) as api:
-        shop, (mine, other) = await selling(api, 2, webhookSecret=SECRET)
+        _, (mine, other) = await selling(api, 2, webhookSecret=SECRET)
         _, (theirs,) = await selling(api, 1)
         assert (await receive(api, receipt(mine))).status == 401
         reply = await receive(api, [receipt(mine), receipt(theirs)], SHARED)

@@ -27,6 +27,7 @@ async def campaign_of(req: Request) -> Campaign:
 
 
 async def locked(req: Request) -> Campaign:
+    """The same, and nobody else decides about it before this transaction ends."""
     campaign = await campaigns.lock(req.connection, req.me.id, req.id)
     if campaign is None:
         raise not_found(f"campaign {req.id}")

@@ -412,7 +412,6 @@ select m.campaign_id, m.id, m.phone, m.text, m.segments, m.reason, m.detail, m.p
          when m.state = 30 then 'delivered'
          when m.state = 40 then 'failed'
          when m.state = 50 then 'skipped'
-         when m.state = 51 then 'cancelled'
        end as status,
        m.state as own_state, b.state as batch_state
   from message m

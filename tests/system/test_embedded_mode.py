@@ -48,6 +48,19 @@ async def test_data_survives_a_stop_and_a_kill(
     await alone.audit()
 
 
+@pytest.mark.parametrize("event", ["postgres.started", "http.listening", "schema.migrated"])
+async def test_a_daemon_told_to_stop_while_it_starts_does_so(
+    alone: Installation, tmp_path: Path, event: str
+) -> None:
+    daemon = await alone.launch()
+    await daemon.logged(event)
+    daemon.signal(signal.SIGTERM)
+    assert await daemon.ended() == 0
+    assert "Traceback" not in daemon.stderr, daemon.stderr
+    assert not (tmp_path / "data" / "postgres" / "postmaster.pid").exists()
+    await (await alone.serve()).started()
+
+
 async def test_a_second_daemon_on_the_same_folder_is_refused(alone: Installation) -> None:
     daemon = await alone.serve()
     done = await alone.command("serve")

@@ -1,7 +1,6 @@
 """How a daemon starts, what it tells systemd, and in which words it refuses."""
 
 import asyncio
-import os
 import signal
 import socket
 from collections.abc import AsyncIterator, Iterator
@@ -231,11 +230,9 @@ async def test_commands_say_that_postgres_is_away(
         assert "SMSD_DATABASE_URL" in lines[0]
 
 
-async def test_a_second_signal_while_waiting_is_not_needed(
-    installation: Installation,
-) -> None:
-    """SIGINT is as good as SIGTERM."""
+async def test_ctrl_c_is_as_good_as_sigterm(installation: Installation) -> None:
     await installation.migrate()
     daemon = await installation.serve()
-    os.kill(daemon.pid, signal.SIGINT)
+    daemon.signal(signal.SIGINT)
     assert await daemon.ended() == 0
+    assert "Traceback" not in daemon.stderr
