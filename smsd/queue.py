@@ -134,10 +134,13 @@ class DatabaseClock:
     """The database's clock as seen from this process: an interval, since a reading takes a round trip.
 
     Each reading bounds the offset (database minus `mitto.clock`) from both sides; readings are intersected, and
-    the interval widens with time, as clocks drift apart (Marzullo's way of keeping an offset honest).
+    the interval widens with time, as clocks drift apart (Marzullo's way of keeping an offset honest). A Postgres so
+    far away that its interval would leave no room within the guard is believed to be as far there as back, as NTP
+    does: its middle counts, and no more than an eighth of the guard on either side.
     """
 
     _DRIFT = 100e-6
+    _DOUBT_MOST = GUARD_US / 8e6
 
     def __init__(self) -> None:
         self._low = self._high = 0.0
@@ -154,11 +157,15 @@ class DatabaseClock:
 
     def surely_at(self, slot_us: int) -> float:
         """The local time from which on the database's clock has surely reached the slot."""
-        return slot_us / 1e6 - self._low
+        return slot_us / 1e6 - max(self._low, self._middle - self._DOUBT_MOST)
 
     def maybe_at(self, slot_us: int) -> float:
         """The local time from which on the database's clock may have reached the slot."""
-        return slot_us / 1e6 - self._high
+        return slot_us / 1e6 - min(self._high, self._middle + self._DOUBT_MOST)
+
+    @property
+    def _middle(self) -> float:
+        return (self._low + self._high) / 2
 
 
 # --------------------------------------------------------------------------------------------- claim

@@ -449,21 +449,16 @@ class _Account:
         """The request is over: its place is free, and the breaker hears of it."""
         claimed_at = self._places.pop(grant)
         self.news.set()
+        # Then it was on its way by that time and tells nothing new: a wait grows by what comes after it.
+        closed_already = mitto.clock() < self._open_until
         if result.outcome is Outcome.NEVER_LEFT:
-            if (
-                "gone stale" not in result.detail
-            ):  # a kept connection that the other side closed says nothing
-                self._missed += 1
-                if self._missed >= BREAKER_AFTER:
-                    wait = min(BREAKER_SECONDS_MOST, 2.0 ** (self._missed - BREAKER_AFTER))
-                    self._open_until = mitto.clock() + wait
-                    log.warning(
-                        "breaker.opened", account=self.row.id, seconds=wait, detail=result.detail
-                    )
+            # A kept connection that the other side closed says nothing.
+            if not closed_already and "gone stale" not in result.detail:
+                self._missed_provider(result)
             return
         self._missed = 0
         if result.outcome is Outcome.THROTTLED:
-            self._throttled += 1
+            self._throttled += not closed_already or not self._throttled
             # Here at once; on other replicas as soon as it is written.
             until = mitto.clock() + self.throttle_seconds(result)
             self._open_until = max(self._open_until, until)
@@ -472,11 +467,18 @@ class _Account:
         self._seconds.add(mitto.clock() - claimed_at)
         self._window = min(self._window + 1.0, REPLICA_IN_FLIGHT / 2)
 
+    def _missed_provider(self, result: mitto.Result) -> None:
+        self._missed += 1
+        if self._missed >= BREAKER_AFTER:
+            wait = _doubled(1.0, self._missed - BREAKER_AFTER, BREAKER_SECONDS_MOST)
+            self._open_until = mitto.clock() + wait
+            log.warning("breaker.opened", account=self.row.id, seconds=wait, detail=result.detail)
+
     def throttle_seconds(self, result: mitto.Result) -> float:
         """How long to wait: as Mitto says, or a second, doubled while it goes on."""
         if result.retry_after_seconds:
             return result.retry_after_seconds
-        return min(THROTTLE_SECONDS_MOST, THROTTLE_SECONDS * 2.0 ** max(0, self._throttled - 1))
+        return _doubled(THROTTLE_SECONDS, max(0, self._throttled - 1), THROTTLE_SECONDS_MOST)
 
     def arrived_late(self, result: mitto.Result) -> bool:
         """Whether the answer took so much longer than the fastest that the request may have arrived late."""
@@ -491,6 +493,12 @@ class _Account:
         self._places.pop(grant, None)
         self._messages -= grant.n
         self.news.set()
+
+
+def _doubled(seconds: float, times: int, most: float) -> float:
+    return min(
+        most, seconds * 2.0 ** min(times, 10)
+    )  # a float ends at 2 ** 1024, an outage does not
 
 
 async def _first_of(seconds: float, *events: asyncio.Event) -> None:

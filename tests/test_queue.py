@@ -1324,29 +1324,49 @@ async def test_what_the_dead_had_leased_of_a_cancelled_campaign_is_cancelled(sho
     assert (await check_the_account(shop, campaign_id)).totals.cancelled == 5
 
 
+ways = st.floats(0, 0.004)
+
+
 @given(
     offset=st.floats(-1e6, 1e6),
-    readings=st.lists(
-        st.tuples(st.floats(0.001, 5), st.floats(0, 0.2), st.floats(0, 0.2)), min_size=1, max_size=8
-    ),
+    readings=st.lists(st.tuples(st.floats(0.001, 5), ways, ways), min_size=1, max_size=8),
     slot=st.floats(0, 10),
 )
 def test_the_database_s_clock_is_known_as_an_interval_that_holds_the_truth(
     offset: float, readings: list[tuple[float, float, float]], slot: float
 ) -> None:
-    clock = queue.DatabaseClock()
-    now = 1_000.0
-    widths = []
-    for pause, there, back in readings:
-        before = now + pause
-        now = before + there + back
-        clock.observe(before, now, round((before + there + offset) * 1e6))
-        widths.append(there + back)
+    clock, now = read_the_clock(offset, readings)
     slot_us = round((now + slot + offset) * 1e6)
     early, late = clock.maybe_at(slot_us), clock.surely_at(slot_us)
     assert early - 1e-5 <= now + slot <= late + 1e-5
     drift = 100e-6 * 2 * (now - 1_000)
-    assert late - early <= min(widths) + drift + 1e-5
+    assert late - early <= min(there + back for _, there, back in readings) + drift + 1e-5
+
+
+@given(
+    offset=st.floats(-1e6, 1e6),
+    readings=st.lists(st.tuples(st.floats(0.001, 5), st.floats(0, 0.2)), min_size=1, max_size=8),
+)
+def test_a_database_far_away_leaves_room_within_the_guard_and_is_as_far_there_as_back(
+    offset: float, readings: list[tuple[float, float]]
+) -> None:
+    clock, now = read_the_clock(offset, [(pause, way, way) for pause, way in readings])
+    slot_us = round((now + 1 + offset) * 1e6)
+    early, late = clock.maybe_at(slot_us), clock.surely_at(slot_us)
+    assert late - early <= GUARD_US / 4e6 + 1e-5
+    assert early - 1e-5 <= now + 1 <= late + 1e-5
+
+
+def read_the_clock(
+    offset: float, readings: list[tuple[float, float, float]]
+) -> tuple[queue.DatabaseClock, float]:
+    """A clock after readings of (pause, way there, way back), and the local time then."""
+    clock, now = queue.DatabaseClock(), 1_000.0
+    for pause, there, back in readings:
+        before = now + pause
+        now = before + there + back
+        clock.observe(before, now, round((before + there + offset) * 1e6))
+    return clock, now
 
 
 def test_a_clock_that_jumped_is_believed_anew() -> None:

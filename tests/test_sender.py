@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 from shop import Shop, check_the_account
 from structlog.testing import capture_logs
 from support import Relay, assert_sound, new_account, open_shop, sending
 
 from smsd import campaigns, config, credits, database, queue, tenants
-from smsd.mitto import Result
+from smsd.mitto import Result, parse_dlr
 from smsd.model import Outcome
+from smsd.queue import ReceiptRow
+from smsd.receipts import Inbox
 from smsd.sender import Recent, _Account
 from smsd.simulator import Simulator, Switches
 
@@ -89,6 +93,38 @@ async def test_a_campaign_that_begins_while_the_sender_waits_is_sent_at_once(
         started = time.monotonic()
         await mitto.accepted_reached(10)
         assert time.monotonic() - started < 0.9, "woken, not found by the slow look"
+
+
+async def test_a_receipt_that_overtakes_the_answer_is_not_lost(
+    pool: database.Pool, shop: Shop
+) -> None:
+    inbox = Inbox(pool)
+
+    async def take(request: web.Request) -> web.Response:
+        dlr = parse_dlr(await request.read())
+        rows = [
+            ReceiptRow(None, one.provider_id, int(one.state or 0), one.at, None)
+            for one in dlr.receipts
+        ]
+        await inbox.put(rows)
+        return web.Response(status=202)
+
+    app = web.Application()
+    app.router.add_post("/", take)
+    writing = asyncio.create_task(inbox.run())
+    switches = Switches(dlr_before_answer=0.5, dlr_delay_seconds=(0, 0), dlr_batch=50)
+    campaign_id = await shop.sending(400, batch_size=20)
+    async with (
+        TestServer(app) as server,
+        Simulator(switches, webhook_url=str(server.make_url("/"))) as mitto,
+        sending(pool, shop.replica_id, mitto.url) as at_work,
+    ):
+        await at_work.until_done()
+        await mitto.receipts_settled()
+    writing.cancel()
+    sums = (await check_the_account(shop, campaign_id)).totals
+    assert (sums.pending, sums.delivered) == (0, 400)
+    assert await pool.fetchval("select count(*) from early_receipt") == 0
 
 
 # ------------------------------------------------------------------------------- the outcome table
