@@ -100,8 +100,8 @@ def worst_second(arrivals: list[float]) -> int:
 async def reached(mitto: Simulator, rate: float, requests: int) -> None:
     """Returns once so many requests arrived, and so many of them within a second: on a machine that is busy with
     something else not every second is full."""
-    await mitto.requests_reached(requests)
     async with asyncio.timeout(20):
+        await mitto.requests_reached(requests)
         await mitto.until(lambda: mitto.ledger.worst_second("main") >= rate)
 
 
@@ -409,6 +409,34 @@ async def test_a_stop_leaves_no_lease_no_open_attempt_and_no_counted_try(
         await mitto.requests_reached(posted + 10)
     assert (await check_the_account(shop, campaign_id)).totals.unknown == 0
     assert mitto.ledger.worst_second("main") <= 20, "a stop and a start are no excuse"
+
+
+async def test_what_only_waits_for_its_slot_is_given_back_by_a_stop(
+    pool: database.Pool, account: int, shop: Shop, mitto: Simulator, connection: database.Connection
+) -> None:
+    await connection.execute(
+        "create function tell() returns trigger language plpgsql as"
+        " $$ begin notify leased; return null; end $$;"
+        "create trigger tell after update on batch for each row when (new.state = 2)"
+        " execute function tell()"
+    )
+    leased = asyncio.Event()
+    await connection.add_listener("leased", lambda *_: leased.set())
+    await change_account(pool, account, requests_per_second=10)
+    campaign_id = await shop.sending(50)
+    with capture_logs() as logs:
+        async with sending(pool, shop.replica_id, mitto.url) as at_work:
+            await mitto.requests_reached(2)
+            leased.clear()
+            await leased.wait()  # its slot is most of a tenth of a second ahead
+            before = len(mitto.ledger.requests)
+            await at_work.sender.stop()
+            assert len(mitto.ledger.requests) == before
+    assert await withdrawn_for(logs, "stopping", 1)
+    assert not await pool.fetchval(
+        "select count(*) from batch where owner is not null or tries > 0"
+    )
+    assert (await check_the_account(shop, campaign_id)).totals.processing == 0
 
 
 async def test_answers_are_written_after_every_connection_to_postgres_was_cut(
