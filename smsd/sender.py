@@ -432,7 +432,7 @@ class _Account:
         it once for all that were on their way together)."""
         if self._places[grant] > self._halved_at:
             self._halved_at = mitto.clock()
-            self._window = max(1.0, self._window / 2)
+            self._window = max(float(self._least), self._window / 2)
 
     def start(self, grant: queue.Grant, send: Coroutine[Any, Any, None]) -> None:
         self._places[grant] = mitto.clock()

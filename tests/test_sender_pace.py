@@ -173,14 +173,27 @@ def burst(account: _Account) -> list[queue.Grant]:
     return grants
 
 
-async def test_slots_missed_by_one_burst_halve_what_may_be_in_flight_once() -> None:
+async def test_slots_missed_by_one_burst_halve_what_may_be_in_flight_once_and_never_below_the_least() -> (
+    None
+):
     account = eight_at_once()
-    for left in (4, 2):
+    for _ in range(3):  # 24 answers: 8 + 24 may be in flight
+        for grant in burst(account):
+            account.answered(grant, Result(Outcome.ACCEPTED))
+            account.release(grant)
+        await asyncio.gather(*account.sending)
+    for may_be_in_flight in (16, 8, 8):
         for grant in burst(account):
             account.missed_slot(grant)
             account.release(grant)
         await asyncio.gather(*account.sending)
-        assert account.room() == (left, False)
+        taken = [queue.Grant(100 + i, 1, 1, 1, 5, 0) for i in range(may_be_in_flight - 3)]
+        for grant in taken:
+            account.start(grant, asyncio.sleep(0))
+        await asyncio.gather(*account.sending)
+        assert account.room() == (3, False)
+        for grant in taken:
+            account.release(grant)
 
 
 @pytest.mark.parametrize("outcome", [Outcome.NEVER_LEFT, Outcome.THROTTLED])

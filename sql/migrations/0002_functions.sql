@@ -342,7 +342,8 @@ begin
 end $$;
 
 -- Durable word that this batch is about to be posted, with one more look at whether it may be. Drops the messages
--- whose number opted out meanwhile. verdict: post | lost (not ours any more) | cancelled | paused | empty.
+-- whose number opted out meanwhile. verdict: post | lost (not ours any more) | cancelled | paused (or throttled) |
+-- empty.
 create function intent(p_batch bigint, p_owner bigint, p_epoch int)
 returns table (verdict text, attempt int, sender text, ids bigint[], phones bigint[], texts text[])
 language plpgsql set plan_cache_mode = force_generic_plan as $$
@@ -358,7 +359,8 @@ begin
     perform give_back(b.account_id, b.tenant_id, b.slot, b.n);
     verdict := 'cancelled'; return next; return;
   end if;
-  select l.paused or x.paused_reason is not null into halted from traffic_account x where x.id = b.account_id;
+  select l.paused or x.paused_reason is not null or coalesce(x.blocked_until > clock_timestamp(), false) into halted
+    from traffic_account x where x.id = b.account_id;
   if halted then
     perform withdraw(b.id, b.epoch, 'paused');
     verdict := 'paused'; return next; return;

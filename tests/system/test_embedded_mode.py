@@ -1,5 +1,6 @@
 """`smsd serve` without SMSD_DATABASE_URL: a Postgres of its own, which keeps what was committed."""
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -58,25 +59,20 @@ async def test_a_daemon_told_to_stop_while_it_starts_does_so(
     assert await daemon.ended() == 0
     assert "Traceback" not in daemon.stderr, daemon.stderr
     assert not (tmp_path / "data" / "postgres" / "postmaster.pid").exists()
-    await (await alone.serve()).started()
 
 
-async def test_a_second_daemon_on_the_same_folder_is_refused(alone: Installation) -> None:
-    daemon = await alone.serve()
-    done = await alone.command("serve")
-    lines = complaints(done)
-    assert done.code == 1
-    assert len(lines) == 1, done.err
-    assert f"pid {daemon.pid}" in lines[0]
-    assert "SMSD_DATABASE_URL" in lines[0]
-
-
-async def test_audit_and_migrate_run_beside_the_daemon_and_without_it(
+async def test_beside_a_daemon_there_is_room_for_audit_and_migrate_and_not_for_another_daemon(
     alone: Installation,
 ) -> None:
     daemon = await alone.serve()
-    beside = await alone.command("audit", "--json")
-    migrated = await alone.command("migrate")
+    beside, migrated, second = await asyncio.gather(
+        alone.command("audit", "--json"), alone.command("migrate"), alone.command("serve")
+    )
+    lines = complaints(second)
+    assert second.code == 1
+    assert len(lines) == 1, second.err
+    assert f"pid {daemon.pid}" in lines[0]
+    assert "SMSD_DATABASE_URL" in lines[0]
     assert (await alone.ask("GET", "/readyz", "")).status == 200
     daemon.signal(signal.SIGTERM)
     assert await daemon.ended() == 0

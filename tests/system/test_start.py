@@ -5,6 +5,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import asyncpg
 import pytest
@@ -124,27 +125,23 @@ async def test_every_wrong_setting_has_a_line_of_its_own(installation: Installat
         assert any(line.startswith(f"SMSD_{name}: got '{value}'") for line in lines), lines
 
 
-@pytest.mark.parametrize(
-    ("wrong", "names"),
-    [
+async def test_settings_that_cannot_work_stop_the_start_in_one_line(
+    installation: Installation,
+) -> None:
+    wrong: list[tuple[dict[str, Any], str]] = [
         ({"mitto_timeout": 20, "shutdown_seconds": 20}, "SMSD_SHUTDOWN_SECONDS"),
         ({"host": "0.0.0.0"}, "SMSD_WEBHOOK_SECRET"),
         ({"database_url": "mysql://here"}, "SMSD_DATABASE_URL"),
         ({"database_url": "postgresql://u:hush-hush@here:port/x"}, "SMSD_DATABASE_URL"),
-        ({"admin_token_file": "/nowhere"}, "SMSD_ADMIN_TOKEN_FILE"),
-    ],
-)
-async def test_settings_that_cannot_work_stop_the_start_in_one_line(
-    installation: Installation, wrong: dict[str, object], names: str
-) -> None:
-    if "admin_token_file" in wrong:
-        wrong["admin_token"] = None
-    done = await installation.command("serve", **wrong)  # type: ignore[arg-type]
-    lines = complaints(done)
-    assert done.code == EX_CONFIG
-    assert len(lines) == len(done.err.splitlines()) == 1
-    assert names in lines[0]
-    assert "hush-hush" not in done.err
+        ({"admin_token": None, "admin_token_file": "/nowhere"}, "SMSD_ADMIN_TOKEN_FILE"),
+    ]
+    starts = [installation.command("serve", **settings) for settings, _ in wrong]
+    for done, (_, names) in zip(await asyncio.gather(*starts), wrong, strict=True):
+        lines = complaints(done)
+        assert done.code == EX_CONFIG
+        assert len(lines) == len(done.err.splitlines()) == 1
+        assert names in lines[0]
+        assert "hush-hush" not in done.err
 
 
 async def _execute(dsn: str | None, statement: str) -> None:
@@ -154,9 +151,13 @@ async def _execute(dsn: str | None, statement: str) -> None:
     await connection.close()
 
 
-async def _refuses(installation: Installation, *said: str) -> None:
-    for command in ("serve", "audit"):
-        done = await installation.command(command)
+async def _refuses(
+    installation: Installation, commands: list[str], *said: str, **settings: Any
+) -> None:
+    """Each command ends with one line that says all of this."""
+    for done in await asyncio.gather(
+        *[installation.command(command, **settings) for command in commands]
+    ):
         lines = complaints(done)
         assert done.code == 1
         assert len(lines) == 1, done.err
@@ -164,7 +165,7 @@ async def _refuses(installation: Installation, *said: str) -> None:
 
 
 async def test_a_database_without_a_schema_is_refused(installation: Installation) -> None:
-    await _refuses(installation, "no schema", "smsd migrate")
+    await _refuses(installation, ["serve", "audit"], "no schema", "smsd migrate")
 
 
 async def test_a_schema_that_is_behind_is_refused(installation: Installation) -> None:
@@ -173,14 +174,14 @@ async def test_a_schema_that_is_behind_is_refused(installation: Installation) ->
         "delete from schema_migration where number = (select max(number) from schema_migration)"
     )
     await _execute(installation.dsn, behind)
-    await _refuses(installation, "behind", "smsd migrate")
+    await _refuses(installation, ["serve", "audit"], "behind", "smsd migrate")
 
 
 async def test_a_schema_of_the_future_is_refused(installation: Installation) -> None:
     await installation.migrate()
     future = "insert into schema_migration values (9999, '9999_future', 'x', 9999, now())"
     await _execute(installation.dsn, future)
-    await _refuses(installation, "9999_future", "upgrade smsd")
+    await _refuses(installation, ["serve", "audit", "migrate"], "9999_future", "upgrade smsd")
 
 
 async def test_a_schema_of_the_future_that_suits_this_code_is_taken(
@@ -199,35 +200,23 @@ async def test_a_port_in_use_is_refused(installation: Installation) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        done = await installation.command("serve", port=port)
-    lines = complaints(done)
-    assert done.code == 1
-    assert len(lines) == 1, done.err
-    assert f"127.0.0.1:{port}" in lines[0]
-    assert "SMSD_PORT" in lines[0]
+        await _refuses(installation, ["serve"], f"127.0.0.1:{port}", "SMSD_PORT", port=port)
 
 
-@pytest.mark.parametrize("command", ["serve", "migrate", "audit"])
 async def test_a_database_that_postgres_does_not_have_is_named(
-    installation: Installation, empty_dsn: str, command: str
+    installation: Installation, empty_dsn: str
 ) -> None:
     dsn = empty_dsn.replace("/smsd_test_", "/no_smsd_test_")
-    done = await installation.command(command, database_url=dsn)
-    lines = complaints(done)
-    assert done.code == 1
-    assert len(lines) == 1, done.err
-    assert "no_smsd_test_" in lines[0]
+    commands = ["serve", "migrate", "audit"]
+    await _refuses(installation, commands, "no_smsd_test_", database_url=dsn)
 
 
 async def test_commands_say_that_postgres_is_away(
     installation: Installation, absent_postgres: embedded.Postgres
 ) -> None:
-    for command in ("migrate", "audit"):
-        done = await installation.command(command, database_url=absent_postgres.dsn)
-        lines = complaints(done)
-        assert done.code == 1
-        assert len(lines) == 1, done.err
-        assert "SMSD_DATABASE_URL" in lines[0]
+    commands = ["migrate", "audit"]
+    dsn = absent_postgres.dsn
+    await _refuses(installation, commands, "SMSD_DATABASE_URL", database_url=dsn)
 
 
 async def test_ctrl_c_is_as_good_as_sigterm(installation: Installation) -> None:
