@@ -162,7 +162,7 @@ async def test_the_requests_in_flight_grow_to_what_a_slow_provider_needs_for_the
 
 
 def eight_at_once() -> _Account:
-    row = queue.AccountRow(1, "main", "key", "refused", 1_000, None, None)
+    row = queue.AccountRow(1, "main", "key", "refused", 10**9, None, None)
     return _Account(row, config.load({"SMSD_WORKER_CONCURRENCY": "8"}))
 
 
