@@ -52,6 +52,10 @@ async def serve(
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(_signals(stop))
         (await stack.enter_async_context(_Loops(stop))).start("tick", _tick())
+        # First of all the address: links to this daemon are made from the port that it really has.
+        listener = stack.enter_context(_listener(settings))
+        settings = settings.model_copy(update={"port": listener.getsockname()[1]})
+        _warn(settings)
         dsn = await stack.enter_async_context(postgres(settings))
         pool = await database.open_pool(dsn, settings.pool_size)
         stack.push_async_callback(_close, pool)
@@ -82,7 +86,7 @@ async def serve(
             pool=pool, settings=settings, keys=keys, nudge=lambda name: nudges[name](),
             receipts=inbox, mitto=client, replica=standing,
         )  # fmt: skip
-        url = await stack.enter_async_context(_http(context))
+        url = await stack.enter_async_context(_http(context, listener))
         log.info("http.listening", url=url)
         telemetry.notify_systemd("READY=1")
 
@@ -208,23 +212,39 @@ async def _before(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:
 
 
 @contextlib.asynccontextmanager
-async def _http(context: Context) -> AsyncIterator[str]:
+async def _http(context: Context, listener: socket.socket) -> AsyncIterator[str]:
     settings = context.settings
     runner = web.AppRunner(api.build(context), access_log=None, shutdown_timeout=2.0)
     await runner.setup()
     try:
-        try:
-            await web.TCPSite(runner, settings.host, settings.port, backlog=1024).start()
-        except OSError as error:
-            raise ListenError(
-                f"cannot listen on {settings.host}:{settings.port} ({os.strerror(error.errno or 0).lower()}): "
-                "set SMSD_HOST and SMSD_PORT to an address of this machine and a port that is free"
-            ) from None
-        port = runner.addresses[0][1]
+        await web.SockSite(runner, listener, backlog=1024).start()
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
-        yield f"http://{host}:{port}"
+        yield f"http://{host}:{settings.port}"
     finally:
         await runner.cleanup()
+
+
+def _listener(settings: Settings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.port), family=family, backlog=1024)
+    except OSError as error:
+        why = (error.strerror or str(error)).partition(" (while")[0].lower()
+        raise ListenError(
+            f"cannot listen on {settings.host}:{settings.port} ({why}): set SMSD_HOST and SMSD_PORT to an "
+            "address of this machine and a port that is free"
+        ) from None
+
+
+def _warn(settings: Settings) -> None:
+    """What works, and is not what one wants in production."""
+    for name in settings.weak_secrets:
+        log.warning("settings.secret_is_short", name=name, detail="take 16 characters or more")
+    if settings.public_url is None and not settings.on_loopback:
+        log.warning(
+            "settings.public_url_missing",
+            detail=f"unsubscribe links start with {settings.link_base}: set SMSD_PUBLIC_URL",
+        )
 
 
 class _Loops:

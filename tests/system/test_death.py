@@ -136,7 +136,7 @@ async def test_a_surviving_replica_takes_over_from_a_killed_one(
 async def test_an_import_and_an_expansion_go_on_where_a_killed_daemon_left_them(
     installation: Installation, mitto: Simulator
 ) -> None:
-    n = 30_000
+    n = 15_000
     await installation.migrate()
     daemon = await installation.serve()
     shop = await installation.shop(requestsPerSecond=50)
