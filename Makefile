@@ -5,7 +5,7 @@ VENV_PYTHON := .venv/bin/python
 PIP := $(VENV_PYTHON) -m pip --disable-pip-version-check --quiet --quiet
 UV := $(firstword $(wildcard .venv/bin/uv) uv)
 COMPILE = $(UV) pip compile pyproject.toml --quiet --upgrade --universal --python-version 3.11 \
-	--generate-hashes --annotation-style line --no-emit-index-url --custom-compile-command "make lock" --extra embedded
+	--generate-hashes --no-strip-extras --annotation-style line --no-emit-index-url --custom-compile-command "make lock" --extra embedded
 
 .DEFAULT_GOAL := help
 .PHONY: help demo serve test lint format lock clean
