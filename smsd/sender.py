@@ -247,7 +247,10 @@ class Sender:
             mitto.Item(message_id, phone, text, intent.sender)
             for message_id, phone, text in zip(intent.ids, intent.phones, intent.texts, strict=True)
         ]
-        if (wait := starts_at - mitto.clock()) > 0:
+        wait = starts_at - mitto.clock()
+        if wait > 10e-6 * queue.HORIZON_US:
+            raise mitto.Withdrawn("the database's clock stepped back")
+        if wait > 0:
             await asyncio.sleep(wait)
         return await self._client.send(credentials, items, gate)
 

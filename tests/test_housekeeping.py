@@ -1,180 +1,265 @@
-"""Housekeeping: who is declared dead, who never is, and what is looked at again although somebody should have seen it."""
+"""Housekeeping: who is dead and who only seems so, what becomes of what the dead had, and what is looked at regularly."""
 
 import asyncio
 import contextlib
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from pathlib import Path
 
 import pytest
-from shop import ACCEPTED, Shop, check_the_account
-from support import Relay, assert_sound, new_account, open_shop
+from shop import ACCEPTED, Shop, until_somebody_waits
+from structlog.testing import capture_logs
+from support import Relay, assert_sound, new_account, open_shop, take_the_clock
 
 from smsd import database, mitto, queue
-from smsd.housekeeping import Housekeeping
-from smsd.model import BatchState
+from smsd.housekeeping import ROUND_SECONDS, Housekeeping
+from smsd.model import BatchState, CampaignStatus
 
 LEASE = 0.6
 
 
 @pytest.fixture
-async def shop(pool: database.Pool) -> AsyncIterator[Shop]:
-    account = await new_account(pool)
-    yield await open_shop(pool, account, await queue.register(pool, "victim", "0"))
+async def account(pool: database.Pool) -> int:
+    return await new_account(pool)
+
+
+@pytest.fixture
+async def shop(pool: database.Pool, account: int) -> AsyncIterator[Shop]:
+    """A shop; whatever the test did with it, the audit finds nothing afterwards."""
+    yield await open_shop(pool, account, await queue.register(pool, "test", "0"))
     await assert_sound(pool)
 
 
-@contextlib.asynccontextmanager
-async def keeping(
-    pool: database.Pool, *, beats: bool = True
-) -> AsyncIterator[tuple[Housekeeping, queue.Standing]]:
-    """A replica that keeps house, with a heartbeat of its own."""
-    standing = queue.Standing("keeper", LEASE)
-    housekeeping = Housekeeping(pool, standing)
-    await housekeeping.register()
-    loops = [housekeeping.keep()] + ([housekeeping.beat()] if beats else [])
-    tasks = [asyncio.create_task(loop) for loop in loops]
-    try:
-        yield housekeeping, standing
-    finally:
-        for task in tasks:
-            task.cancel()
-        ended = await asyncio.gather(*tasks, return_exceptions=True)
-    assert all(isinstance(one, asyncio.CancelledError) for one in ended), ended
+def watcher(pool: database.Pool, lease_seconds: float = LEASE, replica_id: int = 0) -> Housekeeping:
+    return Housekeeping(pool, queue.Standing("watcher", lease_seconds, replica_id, mitto.clock()))
 
 
-async def soon(holds: Callable[[], Awaitable[object]], seconds: float = 10) -> None:
-    """Returns once something in the database holds."""
+async def until(holds: Callable[[], Awaitable[object]], seconds: float = 20) -> None:
+    """Returns once something holds that nobody tells of."""
     async with asyncio.timeout(seconds):
         while not await holds():
+            await asyncio.sleep(0.01)
+
+
+@contextlib.asynccontextmanager
+async def at_work(*loops: Coroutine[object, object, None]) -> AsyncIterator[None]:
+    """Loops that end with the block; what one died of is raised."""
+    tasks = [asyncio.create_task(loop) for loop in loops]
+    yield
+    for task in tasks:
+        task.cancel()
+    for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+        if not isinstance(outcome, asyncio.CancelledError):
+            raise AssertionError("a loop ended") from outcome
+
+
+async def hurried(house: Housekeeping) -> None:
+    """`keep` without its pauses for want of news."""
+
+    async def hurry() -> None:
+        while True:
+            house.wake()
             await asyncio.sleep(0.02)
 
-
-async def is_gone(pool: database.Pool, replica_id: int) -> bool:
-    return bool(
-        await pool.fetchval("select gone_at is not null from replica where id = $1", replica_id)
-    )
+    async with asyncio.TaskGroup() as group:
+        group.create_task(hurry())
+        group.create_task(house.keep())
 
 
-async def states(pool: database.Pool) -> dict[BatchState, int]:
-    rows = await pool.fetch("select state, count(*) as n from batch group by state")
-    return {BatchState(row["state"]): row["n"] for row in rows}
+async def alive(pool: database.Pool) -> list[int]:
+    return list(await queue.beats(pool))
 
 
-# --------------------------------------------------------------------------------------- the dead
+async def batches(pool: database.Pool) -> list[BatchState]:
+    """In the order of their messages."""
+    rows = await pool.fetch("select state from batch order by first_id")
+    return [BatchState(row["state"]) for row in rows]
 
 
-async def test_whose_heartbeat_rests_for_a_lease_is_dead_and_what_it_had_is_taken(
+# ------------------------------------------------------------------------------------ who is dead
+
+
+async def test_a_heart_that_rests_for_a_lease_is_buried_and_one_that_beats_never(
     pool: database.Pool, shop: Shop
 ) -> None:
-    campaign_id = await shop.sending(15)
-    await shop.post()
-    await shop.claim()
-    started = time.monotonic()
-    async with keeping(pool) as (_, standing):
-        await soon(lambda: is_gone(pool, shop.replica_id))
-        assert time.monotonic() - started >= LEASE
-        await soon(lambda: pool.fetchval("select count(*) = 0 from batch where state in (2, 3)"))
-        assert not await is_gone(pool, standing.replica_id)
-    assert await states(pool) == {BatchState.READY: 2, BatchState.UNKNOWN: 1}
-    reason = await pool.fetchval("select gone_reason from replica where id = $1", shop.replica_id)
-    assert reason == "no heartbeat for a lease"
-    assert (await check_the_account(shop, campaign_id)).totals.unknown == 5
+    campaign_id = await shop.sending(20, batch_size=5)
+    ((sending, intent),) = await shop.post()
+    await shop.claim(2)
+    beating, house = watcher(pool), watcher(pool)
+    await beating.register()
+    await house.register()
+    started = mitto.clock()
+    with capture_logs() as logs:
+        async with at_work(beating.beat(), house.beat(), hurried(house)):
+            await until(lambda: pool.fetchval("select count(*) from batch where state = 11"))
+            assert mitto.clock() - started >= LEASE
+            await asyncio.sleep(LEASE)  # the others have had their time too
+    assert await alive(pool) == [beating._standing.replica_id, house._standing.replica_id]
+    assert await batches(pool) == [BatchState.UNKNOWN, *[BatchState.READY] * 3]
+    buried = [line["replica"] for line in logs if line["event"] == "replica.buried"]
+    assert buried == [shop.replica_id]
+    (reaped,) = [line for line in logs if line["event"] == "batches.reaped"]
+    assert (reaped["released"], reaped["unknown"]) == (2, 1)
+    # Its last answer is evidence whatever was thought of it meanwhile.
+    await shop.answer(sending, intent, ACCEPTED)
+    sums = (await shop.progress(campaign_id)).totals
+    assert (sums.pending, sums.queued, sums.unknown) == (5, 15, 0)
 
 
-async def test_whose_heartbeat_moves_is_never_dead(pool: database.Pool, shop: Shop) -> None:
+async def test_a_replica_does_not_bury_itself(pool: database.Pool) -> None:
+    house = watcher(pool)
+    await house.register()
+    other = await queue.register(pool, "other", "0")
+    async with at_work(hurried(house)):
+        await until(lambda: pool.fetchval("select gone_at from replica where id = $1", other))
+    assert await alive(pool) == [house._standing.replica_id]
+
+
+async def test_who_did_not_watch_for_a_while_begins_to_watch_anew(pool: database.Pool) -> None:
+    await queue.register(pool, "resting", "0")
+    house = watcher(pool)
+    await house._round(slow=False)
+    await asyncio.sleep(1.1 * LEASE)  # rests for a lease, and nobody looks
+    began = mitto.clock()
+    await house._round(slow=False)
+    assert await alive(pool)
+
+    async def buried() -> bool:
+        await house._round(slow=False)
+        return not await alive(pool)
+
+    await until(buried)
+    assert mitto.clock() - began >= LEASE
+
+
+async def test_who_was_cut_off_from_postgres_begins_to_watch_anew(
+    pool: database.Pool, dsn: str, tmp_path: Path
+) -> None:
+    lease = 1.5
+    await queue.register(pool, "resting", "0")
+    async with Relay(dsn, tmp_path, 1) as relay:
+        cut_off = await database.open_pool(relay.dsn, 2)
+        house = watcher(cut_off, lease)
+        began = mitto.clock()
+        with capture_logs() as logs:
+
+            async def failed() -> bool:
+                return any(line["event"] == "housekeeping.failed" for line in logs)
+
+            async with at_work(hurried(house)):
+                await until(lambda: asyncio.sleep(0.01, mitto.clock() - began > 0.7 * lease))
+                await relay.__aexit__()
+                await until(failed)
+                back = mitto.clock()
+                await relay.__aenter__()
+                await until(lambda: nobody_left(pool))
+                assert mitto.clock() - back >= lease
+        cut_off.terminate()
+
+
+async def nobody_left(pool: database.Pool) -> bool:
+    return not await alive(pool)
+
+
+async def test_the_shortest_lease_is_long_enough_for_rounds_that_take_their_time(
+    pool: database.Pool,
+) -> None:
+    """Two seconds is the least that the settings take."""
+    await queue.register(pool, "resting", "0")
+    house = watcher(pool, 2)
+    async with asyncio.timeout(20):
+        while await alive(pool):
+            await house._round(slow=False)
+            await asyncio.sleep(1.2 * ROUND_SECONDS + 0.15)
+
+
+# -------------------------------------------------------------------------------------- heartbeat
+
+
+async def test_a_replica_that_was_declared_dead_registers_anew_and_can_claim_again(
+    pool: database.Pool, shop: Shop
+) -> None:
     await shop.sending(5)
-    await shop.claim()
-    until = time.monotonic() + 4 * LEASE
-    async with keeping(pool):
-        while time.monotonic() < until:
-            assert await queue.beat(pool, shop.replica_id)
-            await asyncio.sleep(LEASE / 4)
-    assert await states(pool) == {BatchState.LEASED: 1}
-
-
-async def test_who_did_not_watch_all_the_while_begins_anew(pool: database.Pool, shop: Shop) -> None:
-    """A process that was stopped for longer than a lease must not bury all that it did not see moving."""
-    async with keeping(pool):
-        await asyncio.sleep(LEASE / 2)
-        time.sleep(LEASE)  # noqa: ASYNC251 - all of it stands still
-        awake = time.monotonic()
-        await soon(lambda: is_gone(pool, shop.replica_id))
-        assert time.monotonic() - awake >= LEASE
-
-
-async def test_an_outage_of_postgres_buries_nobody(
-    pool: database.Pool, shop: Shop, dsn: str, tmp_path: Path
-) -> None:
-    async with Relay(dsn, tmp_path, 0) as relay:
-        cut = await database.open_pool(relay.dsn, 4)
-        async with keeping(cut):
-            await soon(lambda: pool.fetchval("select max(beat) > 1 from replica"))
-            relay.losing = 1.0
-            await asyncio.sleep(1.5 * LEASE)
-            relay.losing = 0.0
-            back = time.monotonic()
-            await soon(lambda: is_gone(pool, shop.replica_id))
-            assert time.monotonic() - back >= LEASE
-        cut.terminate()
-    assert relay.lost > 0
-
-
-async def test_who_was_declared_dead_registers_anew_and_works_on(
-    pool: database.Pool, shop: Shop
-) -> None:
-    async with keeping(pool) as (_, standing):
+    house = watcher(pool)
+    standing = house._standing
+    async with at_work(house.beat()):
+        await until(lambda: alive_as(pool, standing.replica_id))
         first = standing.replica_id
+        await queue.bury_all(pool)
+        await until(lambda: asyncio.sleep(0.01, standing.replica_id not in (0, first)))
+        second = standing.replica_id
+        assert await alive(pool) == [second]
         assert standing.holds(mitto.clock())
-        await pool.execute("update replica set gone_at = clock_timestamp() where id = $1", first)
-        await soon(lambda: _differs(standing, first))
-        assert standing.holds(mitto.clock())
-        assert list(await queue.beats(pool)) == [shop.replica_id, standing.replica_id]
-    await shop.sending(5)
-    claim = await queue.claim(pool, shop.account_id, first, 1, lead_us=0)
-    assert claim.waits_for == "replica_gone"
-    claim = await queue.claim(pool, shop.account_id, standing.replica_id, 1, lead_us=0)
-    assert len(claim.grants) == 1
+    refused = await queue.claim(pool, shop.account_id, first, 1, lead_us=0)
+    assert refused.waits_for == "replica_gone"
+    assert (await queue.claim(pool, shop.account_id, second, 1, lead_us=0)).grants
 
 
-async def _differs(standing: queue.Standing, replica_id: int) -> bool:
-    return standing.replica_id not in (0, replica_id)
+async def alive_as(pool: database.Pool, replica_id: int) -> bool:
+    return replica_id in await alive(pool)
+
+
+async def test_a_lease_holds_from_when_the_heartbeat_was_sent_and_not_from_its_answer(
+    pool: database.Pool, connection: database.Connection
+) -> None:
+    house = watcher(pool)
+    standing = house._standing
+    await house.register()
+    registered_at = standing.beat_at
+    async with at_work(house.beat()):
+        async with connection.transaction():
+            await connection.execute("select from replica for update")
+            await until_somebody_waits(pool)
+            waiting_at, before = mitto.clock(), standing.beat_at
+        await until(lambda: asyncio.sleep(0.01, standing.beat_at > before))
+        assert registered_at < standing.beat_at <= waiting_at
+
+
+async def test_a_heart_goes_on_beating_when_postgres_is_back(
+    pool: database.Pool, dsn: str, tmp_path: Path
+) -> None:
+    async with Relay(dsn, tmp_path, 1) as relay:
+        cut_off = await database.open_pool(relay.dsn, 2)
+        house = watcher(cut_off)
+        await house.register()
+        replica_id = house._standing.replica_id
+        with capture_logs() as logs:
+
+            async def failed() -> bool:
+                return any(line["event"] == "heartbeat.failed" for line in logs)
+
+            async with at_work(house.beat()):
+                await relay.__aexit__()
+                await until(failed)
+                seen = (await queue.beats(pool))[replica_id]
+                await relay.__aenter__()
+
+                async def beats() -> bool:
+                    return (await queue.beats(pool))[replica_id] > seen
+
+                await until(beats)
+        assert house._standing.replica_id == replica_id
+        cut_off.terminate()
 
 
 async def test_a_heartbeat_that_was_not_acknowledged_prolongs_no_lease(
-    pool: database.Pool, shop: Shop, dsn: str, tmp_path: Path
+    pool: database.Pool, dsn: str, tmp_path: Path
 ) -> None:
     async with Relay(dsn, tmp_path, 0) as relay:
-        cut = await database.open_pool(relay.dsn, 4)
-        async with keeping(cut) as (_, standing):
+        deaf = await database.open_pool(relay.dsn, 2)
+        house = watcher(deaf)
+        await house.register()
+        standing = house._standing
+        async with at_work(house.beat()):
             relay.losing = 1.0
-            lost = mitto.clock()
-            await soon(lambda: _no_longer_holds(standing))
-            assert mitto.clock() - lost <= LEASE
+            lost_at = mitto.clock()
+            await until(lambda: asyncio.sleep(0.01, not standing.holds(mitto.clock())))
+            assert mitto.clock() - lost_at <= LEASE
             relay.losing = 0.0
-            await soon(lambda: _holds(standing))
-        cut.terminate()
+            await until(lambda: asyncio.sleep(0.01, standing.holds(mitto.clock())))
+        deaf.terminate()
 
 
-async def _holds(standing: queue.Standing) -> bool:
-    return standing.holds(mitto.clock())
-
-
-async def _no_longer_holds(standing: queue.Standing) -> bool:
-    return not standing.holds(mitto.clock())
-
-
-async def test_a_lease_that_its_owner_does_not_use_goes_back(
-    pool: database.Pool, shop: Shop
-) -> None:
-    """Its owner lives, and may not know of it: the answer to its claim got lost."""
-    await shop.sending(10)
-    forgotten, fresh = await shop.claim(2)
-    await pool.execute("update batch set slot = slot - 6000000 where id = $1", forgotten.batch_id)
-    assert await queue.reap(pool) == (1, 0)
-    assert (await queue.intent(pool, forgotten, shop.replica_id)).verdict == "lost"
-    assert (await queue.intent(pool, fresh, shop.replica_id)).verdict == "post"
-    assert [one.batch_id for one in await shop.claim()] == [forgotten.batch_id]
+# ------------------------------------------------------------------------- what is looked at regularly
 
 
 async def test_what_is_being_posted_is_left_to_a_living_owner_however_long_it_takes(
@@ -184,43 +269,77 @@ async def test_what_is_being_posted_is_left_to_a_living_owner_however_long_it_ta
     await shop.post()
     await pool.execute("update batch set slot = slot - 600000000")
     assert await queue.reap(pool) == (0, 0)
-    assert await states(pool) == {BatchState.SENDING: 1}
+    assert await batches(pool) == [BatchState.SENDING]
 
 
-# ------------------------------------------------------------------------------------ looked at again
-
-
-async def test_a_campaign_is_finished_soon_after_its_last_batch(
+async def test_a_lease_whose_slot_is_long_past_goes_back_whoever_has_it(
     pool: database.Pool, shop: Shop
 ) -> None:
-    campaign_id = await shop.sending(5)
-    async with keeping(pool) as (housekeeping, _):
-        await asyncio.sleep(0.3)
-        assert await shop.status(campaign_id) == "sending"
-        await shop.send_all(ACCEPTED)
-        housekeeping.wake()
-        started = time.monotonic()
-        await soon(lambda: _is(shop, campaign_id, "completed"))
-        assert time.monotonic() - started < 0.6
+    await shop.sending(15)
+    clock = await take_the_clock(pool)
+    await clock.move(2_000_000)
+    await shop.post()
+    ((late, _), *_) = [(grant, None) for grant in await shop.claim()]
+    await clock.move(late.slot_us + 5_000_000 - clock.now_us)
+    assert await queue.reap(pool) == (0, 0)
+    await clock.move(1)
+    assert await queue.reap(pool) == (1, 0)
+    assert await batches(pool) == [BatchState.SENDING, BatchState.READY, BatchState.READY]
+    assert (await queue.intent(pool, late, shop.replica_id)).verdict == "lost"
+    assert [grant.batch_id for grant in await shop.claim()] == [late.batch_id]
 
 
-async def _is(shop: Shop, campaign_id: int, status: str) -> bool:
-    return await shop.status(campaign_id) == status
-
-
-async def test_a_receipt_that_was_missed_is_matched_within_a_second(
-    pool: database.Pool, shop: Shop
+async def test_an_idle_lane_with_ready_batches_is_woken(
+    pool: database.Pool, connection: database.Connection, shop: Shop
 ) -> None:
-    await shop.sending(1)
-    await shop.receive(**{f"M{shop.provider_ids + 1}": 30})
-    await shop.send_all(ACCEPTED)
-    async with keeping(pool):
-        await soon(lambda: pool.fetchval("select state = 30 from message"), 1)
-
-
-async def test_a_lane_that_was_forgotten_is_woken(pool: database.Pool, shop: Shop) -> None:
     await shop.sending(5)
-    await pool.execute("update lane set idle = true where campaign_id <> 0")
-    async with keeping(pool):
-        await soon(lambda: pool.fetchval("select not idle from lane where campaign_id <> 0"))
-    assert len(await shop.claim()) == 1
+    await pool.execute("update lane set idle = true")
+    assert not await shop.claim()
+    woken = asyncio.Event()
+    await connection.add_listener("smsd_lane", lambda *_: woken.set())
+    async with at_work(watcher(pool, 30).keep()), asyncio.timeout(10):
+        await woken.wait()
+    assert await shop.claim()
+
+
+async def test_a_campaign_with_nothing_left_to_do_is_finished_at_the_news(
+    pool: database.Pool, shop: Shop
+) -> None:
+    sent, open_ = await shop.sending(10), await shop.sending(5)
+    await shop.send_all(ACCEPTED)
+    coming = await shop.begin(5)
+    house = watcher(pool, 30)
+
+    async def finished() -> bool:
+        house.wake()
+        return await shop.status(sent) == CampaignStatus.COMPLETED
+
+    await pool.execute("update batch set state = 3 where campaign_id = $1", open_)
+    with capture_logs() as logs:
+        async with at_work(house.keep()):
+            await until(finished)
+    assert [line["campaign"] for line in logs if line["event"] == "campaign.finished"] == [sent]
+    assert await shop.status(open_) == await shop.status(coming) == CampaignStatus.SENDING
+    await pool.execute("update batch set state = 10 where campaign_id = $1", open_)
+
+
+async def test_receipts_that_were_missed_are_joined(pool: database.Pool, shop: Shop) -> None:
+    await shop.sending(1)
+    ((grant, intent),) = await shop.post()
+    await shop.receive(**{f"M{shop.provider_ids + 1}": 30})
+    await shop.answer(grant, intent, ACCEPTED)
+    async with at_work(watcher(pool, 30).keep()):
+        await until(lambda: pool.fetchval("select state = 30 from message"))
+
+
+async def test_what_nobody_needs_any_more_is_dropped_and_what_may_be_needed_is_not(
+    pool: database.Pool,
+) -> None:
+    await pool.execute(
+        "insert into idempotency (tenant_id, route, key, body_hash, status, answer, created_at)"
+        " select 1, 'POST /x', age::text, '', 200, '', clock_timestamp() - make_interval(hours => age)"
+        " from unnest('{23, 49}'::int[]) as age"
+    )
+    async with at_work(watcher(pool, 30).keep()):
+        await until(lambda: pool.fetchval("select count(*) = 1 from idempotency"))
+    assert await pool.fetchval("select key from idempotency") == "23"

@@ -186,6 +186,7 @@ async def test_a_single_message_goes_before_campaigns(
     await other.sending(100, batch_size=1)
     await shop.sending(100, batch_size=1)
     await shop.claim(20)
+    await pool.execute("update share set v = v + 0.5 where tenant_id = $1", shop.id)
     await single(shop)
     assert [grant.campaign_id for grant in await shop.claim()] == [0]
 
@@ -1215,28 +1216,30 @@ async def test_a_campaign_s_splits_are_not_another_s(shop: Shop) -> None:
 
 
 async def test_a_refusal_that_pauses_a_campaign_and_its_cancel_do_not_lock_each_other_out(
-    shop: Shop,
+    shop: Shop, connection: database.Connection
 ) -> None:
     """Whoever is told of a deadlock may be the person who cancels."""
-    for _ in range(5):
-        campaign_id = await shop.sending(8, batch_size=4)
-        phones = {row["phone"] for row in await shop.pool.fetch("select phone from message")}
-        ((grant, intent), _) = await shop.post(2)
-        await queue.settle_batch(
-            shop.pool, grant.batch_id, intent.attempt, "refused", "refused", refusal="x"
+    campaign_id = await shop.sending(8, batch_size=8)
+    await settle(shop, "refused", refusal="x")
+    (first, tried), (second, trying) = await shop.post(2)
+
+    async def refuse(batch_id: int, attempt: int) -> str:
+        return await queue.settle_batch(
+            shop.pool, batch_id, attempt, "refused", "refused", refusal="x"
         )
-        halves = await shop.post(2)
-        assert all(set(half.phones) <= phones for _, half in halves)
-        await asyncio.gather(
-            *(
-                queue.settle_batch(
-                    shop.pool, g.batch_id, i.attempt, "refused", "refused", refusal="x"
-                )
-                for g, i in halves
-            ),
-            shop.act(campaign_id, campaigns.cancel),
-        )
-        await check_the_account(shop, campaign_id)
+
+    await refuse(first.batch_id, tried.attempt)
+    transaction = connection.transaction()
+    await transaction.start()
+    await connection.execute("select from attempt where batch_id = $1 for update", second.batch_id)
+    refusing = asyncio.create_task(refuse(second.batch_id, trying.attempt))
+    await until_somebody_waits(shop.pool)
+    cancelling = asyncio.create_task(shop.act(campaign_id, campaigns.cancel))
+    await until_somebody_waits(shop.pool, 2)
+    await transaction.commit()
+    assert await refusing == "lane_paused"
+    await cancelling
+    assert (await check_the_account(shop, campaign_id)).totals.cancelled == 8
 
 
 async def test_a_request_too_large_is_cut_from_then_on(shop: Shop) -> None:

@@ -17,11 +17,11 @@ from structlog.testing import capture_logs
 from support import Relay, assert_sound, new_account, open_shop, sending
 
 from smsd import campaigns, config, credits, database, queue, tenants
-from smsd.mitto import Result, parse_dlr
+from smsd.mitto import Account, Client, Result, Withdrawn, clock, parse_dlr
 from smsd.model import Outcome
 from smsd.queue import ReceiptRow
 from smsd.receipts import Inbox
-from smsd.sender import Recent, _Account
+from smsd.sender import Recent, Sender, _Account
 from smsd.simulator import Simulator, Switches
 
 
@@ -140,6 +140,11 @@ async def test_a_throttled_account_waits_as_long_as_it_was_told_and_counts_no_at
         await at_work.until_done()
     first, second, *_ = mitto.ledger.requests
     assert second.arrived_monotonic - first.arrived_monotonic >= 0.45
+    blocked = await pool.fetchval(
+        "select extract(epoch from blocked_until - ended_at)::float8"
+        " from traffic_account, attempt where outcome = 'throttled'"
+    )
+    assert blocked == pytest.approx(0.5, abs=0.2), "other replicas wait too"
     assert sorted(await outcomes(pool)) == ["accepted"] * 3 + ["throttled"]
     assert await pool.fetchval("select max(tries) from batch") == 0
     assert (await check_the_account(shop, campaign_id)).totals.pending == 15
@@ -482,11 +487,30 @@ async def test_nothing_leaves_without_a_heartbeat_that_holds(
     with capture_logs() as logs:
         async with sending(pool, shop.replica_id, mitto.url) as at_work:
             at_work.standing.beat_at -= 27.1
-            await at_work.until(lambda: _times(logs, "batch.withdrawn", 3))
+
+            async def withheld() -> bool:
+                return any("heartbeat" in str(line.get("reason")) for line in logs)
+
+            await at_work.until(withheld)
             assert mitto.ledger.requests == []
             at_work.standing.beat_at += 27.1
             await at_work.until_done()
     assert (await check_the_account(shop, campaign_id)).totals.pending == 15
+
+
+async def test_nobody_waits_for_a_slot_that_a_clock_put_an_hour_ahead(
+    pool: database.Pool, mitto: Simulator
+) -> None:
+    """The clock of Postgres went back between a claim and its POST, and another claim has read it."""
+    client = Client(mitto.url, 5)
+    sender = Sender(pool, client, queue.Standing("test", 30), config.load({}), lambda: None)
+    sender._clock.observe(clock(), clock(), 1_000_000_000)
+    grant = queue.Grant(1, 1, 1, 1, 1, 4_600_000_000)
+    intent = queue.Intent("post", 1, "Shop", [1], [306900000001], ["Hi"])
+    async with client, asyncio.timeout(5):
+        with pytest.raises(Withdrawn, match="stepped back"):
+            await sender._post(Account(1, "main", "key", "refused"), grant, intent)
+    assert mitto.ledger.requests == []
 
 
 # -------------------------------------------------------------------------------------- stop and go on
@@ -495,16 +519,21 @@ async def test_nothing_leaves_without_a_heartbeat_that_holds(
 async def test_a_stop_gives_back_what_has_not_left_and_waits_for_what_has(
     pool: database.Pool, shop: Shop, mitto: Simulator
 ) -> None:
-    mitto.switches = Switches(dlr=False, latency_seconds=0.3)
-    campaign_id = await shop.sending(500)
-    async with sending(pool, shop.replica_id, mitto.url) as at_work:
-        await mitto.requests_reached(5)
-        await at_work.sender.stop()
-        posted = mitto.ledger.accepted_count
-        assert mitto.ledger.in_flight == 0
-        sums = (await check_the_account(shop, campaign_id)).totals
-        assert (sums.pending, sums.queued, sums.processing) == (posted, 500 - posted, 0)
-        assert 25 <= posted < 500
+    """Slots are 50 ms apart, so that there is always a batch that waits for its own."""
+    await pool.execute("update traffic_account set requests_per_second = 20")
+    mitto.switches = Switches(dlr=False, latency_seconds=0.4)
+    campaign_id = await shop.sending(200)
+    with capture_logs() as logs:
+        async with sending(pool, shop.replica_id, mitto.url) as at_work:
+            await mitto.requests_reached(6)
+            assert mitto.ledger.in_flight > 0
+            await at_work.sender.stop()
+            assert mitto.ledger.in_flight == 0
+            posted = mitto.ledger.accepted_count
+            sums = (await check_the_account(shop, campaign_id)).totals
+            assert (sums.pending, sums.queued, sums.processing) == (posted, 200 - posted, 0)
+            assert sums.unknown == 0
+    assert any(line.get("reason") == "stopping" for line in logs)
     assert mitto.ledger.accepted_count == posted
 
 
@@ -585,6 +614,17 @@ async def test_a_batch_that_is_back_before_its_last_way_has_ended_keeps_its_own_
     account.release(second)
     room, _ = account.room()
     assert room > 0
+    await asyncio.gather(*account.sending)
+
+
+async def test_who_was_throttled_claims_nothing_until_then() -> None:
+    account = one_account()
+    grant = queue.Grant(1, 1, 1, 1, 5, 0)
+    account.start(grant, asyncio.sleep(0))
+    account.answered(grant, Result(Outcome.THROTTLED, retry_after_seconds=0.5))
+    account.release(grant)
+    assert account.room() == (0, False)
+    assert 0.4 < account.closed_seconds() <= 0.5
     await asyncio.gather(*account.sending)
 
 
