@@ -104,7 +104,7 @@ async def empty_dsn(postgres: str) -> AsyncIterator[str]:
 async def dsn(postgres: str, template: str) -> AsyncIterator[str]:
     """The URL of a fresh migrated database, dropped after the test."""
     name = f"smsd_test_{uuid.uuid4().hex[:12]}"
-    await _execute(postgres, f"create database {name} template {template}")
+    await _execute(postgres, f"create database {name} template {template} strategy file_copy")
     yield database_url(postgres, name)
     await _execute(postgres, f"drop database {name} with (force)")
 
