@@ -53,6 +53,8 @@ async def open_shop(
 async def broken(pool: database.Pool) -> dict[str, str | None]:
     """The promises that the audit finds broken, each with its example."""
     async with pool.acquire() as connection:
+        # A loop that was cancelled while it prepared a statement may have left its connection in a transaction.
+        await connection.execute("rollback")
         return {check.name: check.example for check in await audit.run(connection) if check.broken}
 
 
