@@ -39,7 +39,7 @@ lock: ## resolve the newest versions that pyproject.toml takes (needs uv)
 
 clean: ## back to a fresh checkout; the data in ~/.smsd stays
 	rm -rf .venv build dist .coverage* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
-	find smsd tests bench -type d -name __pycache__ -prune -exec rm -rf {} +
+	find smsd tests -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # $(call install,LOCK): what the lock names, by hash, then this checkout itself, editable.
 define install
