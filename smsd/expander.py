@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import structlog
 
-from smsd import contacts, database, expansions, queue, text
+from smsd import contacts, database, expansions, faults, queue, text
 from smsd.database import Pool, Record
 from smsd.expansions import Chunk, Expansion, Rendered, Skipped
 from smsd.model import Reason
@@ -117,12 +117,14 @@ class Expander:
         bound = log.bind(tenant=expansion.tenant_id, campaign=expansion.campaign_id)
         try:
             chunk = await self._read(expansion)
+            faults.point("chunk.writing")
             first_id = await expansions.commit(self._pool, expansion, chunk, replica_id)
         except expansions.OutOfCredits as short:
             bound.warning("expansion.out_of_credits", detail=str(short))
             await expansions.let_go(self._pool, expansion, replica_id)
             await expansions.pause_for_credits(self._pool, expansion, str(short))
             return True
+        faults.point("chunk.written")
         if first_id is None:
             bound.info("expansion.moved_on")
             return True

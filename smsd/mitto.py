@@ -25,6 +25,7 @@ import orjson
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.connector import Connection
 
+from smsd import faults
 from smsd.model import (
     API_KEY_HEADER,
     BULK_PATH,
@@ -398,12 +399,14 @@ class _Body(aiohttp.Payload):
             self.withheld = raised
             raise
         self.passed_at = clock()
+        faults.point("gate.passed")
 
     async def write(self, writer: AbstractStreamWriter) -> None:
         if self.passed_at is None:  # an aiohttp that no longer calls `_GatedRequest.send`
             self.pass_gate()
         self.left = True
         await writer.write(self._value)
+        faults.point("body.sent")
 
 
 class _GatedRequest(aiohttp.ClientRequest):
@@ -521,6 +524,7 @@ class Client:
             ):
                 status, headers = response.status, response.headers
                 answer = await _read(response)
+            faults.point("answer.read")
         # Everything: once a byte has left no class of error may turn into "not sent".
         except Exception as problem:
             if body.withheld is not None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import asyncpg
 import structlog
 
-from smsd import database, queue
+from smsd import database, faults, queue
 from smsd.database import Pool
 from smsd.queue import ReceiptRow
 
@@ -68,6 +68,7 @@ class Inbox:
         self, group: Sequence[tuple[Sequence[ReceiptRow], asyncio.Future[int]]]
     ) -> None:
         rows = [row for receipts, _ in group for row in receipts]
+        faults.point("receipts.writing")
         try:
             updated = await self._apply(rows)
         except database.AWAY as error:
@@ -76,6 +77,7 @@ class Inbox:
                 if not future.done():
                     future.set_exception(error)
             return
+        faults.point("receipts.written")
         for receipts, future in group:
             if not future.done():
                 future.set_result(min(updated, len(receipts)))

@@ -15,7 +15,7 @@ from typing import Any
 import asyncpg
 import structlog
 
-from smsd import database, mitto, queue
+from smsd import database, faults, mitto, queue
 from smsd.config import Settings
 from smsd.database import Pool
 from smsd.model import Outcome
@@ -136,6 +136,7 @@ class Sender:
 
     async def _claim_once(self, account: "_Account", want: int, priority_only: bool) -> float:
         """One claim; returns how long to wait for news before the next."""
+        faults.point("claim.asking")
         before = mitto.clock()
         claim = await queue.claim(
             self._pool,
@@ -148,6 +149,8 @@ class Sender:
         )
         after = mitto.clock()
         self._clock.observe(before, after, claim.now_us)
+        if claim.grants:
+            faults.point("claim.granted")
         for grant in claim.grants:
             account.start(grant, self._send(account, grant))
         if claim.grants:
@@ -204,11 +207,13 @@ class Sender:
         why = "stopping" if self._stopping.is_set() else None
         if why is None:
             started = mitto.clock()
+            faults.point("intent.writing")
             try:
                 intent = await queue.intent(self._pool, grant, self._standing.replica_id)
             except database.AWAY as error:
                 why = f"intent not acknowledged: {error!r}"
             else:
+                faults.point("intent.written")
                 self._intent_seconds.add(mitto.clock() - started)
                 return intent if intent.verdict == "post" else None
         await self._withdraw(grant, why)
@@ -271,6 +276,7 @@ class Sender:
         bound: structlog.stdlib.BoundLogger,
     ) -> None:
         """Writes what came of a POST, however long that takes: once Mitto has it, it must not be forgotten."""
+        faults.point("settle.writing")
         if result.outcome is Outcome.ACCEPTED:
             became = await self._settle_items(grant, intent, result, bound)
         else:
@@ -280,6 +286,7 @@ class Sender:
             became = await database.until_written(
                 lambda: self._settle_whole(account, grant, intent, result)
             )
+        faults.point("settle.written")
         if account.arrived_late(result):
             await database.until_written(
                 lambda: queue.arrived_late(self._pool, account.row.id, grant)
