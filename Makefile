@@ -8,7 +8,7 @@ COMPILE = $(UV) pip compile pyproject.toml --quiet --upgrade --universal --pytho
 	--generate-hashes --no-strip-extras --annotation-style line --no-emit-index-url --custom-compile-command "make lock" --extra embedded
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test lint format lock clean
+.PHONY: help demo serve test chaos mutants lint format lock clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
@@ -21,6 +21,12 @@ serve: .venv/.installed ## the daemon, with a Postgres of its own unless SMSD_DA
 
 test: lint ## every check, then every test with coverage
 	@$(VENV_PYTHON) -m pytest -n 2 --dist loadgroup --cov --cov-report=term:skip-covered
+
+chaos: .venv/.installed-dev ## real daemons under every fault for MINUTES=30; SEED=7 plays that run again
+	@PYTHONPATH=tests $(VENV_PYTHON) -m system.chaos --minutes $(or $(MINUTES),30) --first $(or $(FIRST),1) $(if $(SEED),--seed $(SEED))
+
+mutants: .venv/.installed-dev ## takes the guards of the invariants out one by one: a test must notice each
+	@PYTHONPATH=tests $(VENV_PYTHON) tests/mutants.py $(ONLY)
 
 lint: .venv/.installed-dev ## ruff, mypy and the import rules
 	@$(VENV_PYTHON) -m ruff check

@@ -62,17 +62,13 @@ async def grant(db: Connection, tenant_id: int, amount: int, reason: str) -> Cre
     return await balance(db, tenant_id)
 
 
-async def hold(
-    db: Executor, tenant_id: int, amount: int, campaign_id: int = 0, reason: str | None = None
-) -> bool:
+async def hold(db: Executor, tenant_id: int, amount: int, campaign_id: int, reason: str) -> bool:
     """Reserves credits; False, and nothing changed, when fewer are available."""
     return await _move(db, tenant_id, "hold", amount, campaign_id, reason)
 
 
-async def release(
-    db: Executor, tenant_id: int, amount: int, campaign_id: int = 0, reason: str | None = None
-) -> None:
-    """Gives back credits that were held and will not be spent."""
+async def release(db: Executor, tenant_id: int, amount: int, campaign_id: int, reason: str) -> None:
+    """Gives back credits that were held for a campaign and will not be spent."""
     await _move(db, tenant_id, "release", amount, campaign_id, reason)
 
 
@@ -83,6 +79,6 @@ async def ledger(db: Executor, tenant_id: int, limit: int, offset: int) -> tuple
 
 
 async def _move(
-    db: Executor, tenant_id: int, kind: str, amount: int, campaign_id: int, reason: str | None
+    db: Executor, tenant_id: int, kind: str, amount: int, campaign_id: int, reason: str
 ) -> bool:
     return bool(await db.fetchval(SQL["move"], tenant_id, kind, amount, campaign_id, reason))

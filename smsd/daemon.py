@@ -17,7 +17,18 @@ from typing import Any
 import structlog
 from aiohttp import web
 
-from smsd import api, database, embedded, mitto, queue, telemetry, tenants
+from smsd import (
+    api,
+    database,
+    embedded,
+    metrics,
+    mitto,
+    queue,
+    receipts,
+    recovery,
+    telemetry,
+    tenants,
+)
 from smsd.api.endpoint import Context
 from smsd.config import Settings
 from smsd.database import Pool
@@ -25,6 +36,7 @@ from smsd.expander import Expander
 from smsd.housekeeping import Housekeeping
 from smsd.importer import Importer
 from smsd.receipts import Inbox
+from smsd.resolver import Resolver
 from smsd.sender import Sender
 
 log = structlog.get_logger()
@@ -57,7 +69,7 @@ async def serve(
         settings = settings.model_copy(update={"port": listener.getsockname()[1]})
         _warn(settings)
         dsn = await stack.enter_async_context(postgres(settings))
-        pool = await database.open_pool(dsn, settings.pool_size)
+        pool = await database.open_pool(dsn, settings.pool_size, recovery.greet)
         stack.push_async_callback(_close, pool)
         client = await stack.enter_async_context(
             mitto.Client(settings.mitto_base_url, settings.mitto_timeout)
@@ -65,11 +77,15 @@ async def serve(
         keys = settings.signing_keys
 
         standing = queue.Standing(f"{socket.gethostname()}:{os.getpid()}", settings.lease_seconds)
-        housekeeping = Housekeeping(pool, standing)
+        memory = recovery.Memory()
+        housekeeping = Housekeeping(pool, standing, memory)
         expander = Expander(pool, standing, keys, settings.link_base)
         importer = Importer(pool, lambda: standing.replica_id)
         inbox = Inbox(pool)
-        sender = Sender(pool, client, standing, settings, on_settled=housekeeping.wake)
+        resolver = Resolver(pool, client, settings)
+        sender = Sender(
+            pool, client, standing, settings, housekeeping.wake, resolver.order_holds, memory
+        )
 
         def look_everywhere() -> None:
             sender.wake(None)
@@ -84,21 +100,27 @@ async def serve(
         }
         context = Context(
             pool=pool, settings=settings, keys=keys, nudge=lambda name: nudges[name](),
-            receipts=inbox, mitto=client, replica=standing,
+            receipts=inbox, mitto=client, replica=standing, sending=sender,
         )  # fmt: skip
         url = await stack.enter_async_context(_http(context, listener))
         log.info("http.listening", url=url)
         telemetry.notify_systemd("READY=1")
 
-        if not await _before(stop, _prepare(dsn, settings, pool, keys, housekeeping)):
+        async def prepare() -> None:
+            await _prepare(dsn, settings, pool, keys, housekeeping)
+
+        # Postgres may go away again between any two of its statements.
+        if not await _before(stop, database.until_written(prepare)):
             return
         for name, loop in {
             "heartbeat": housekeeping.beat(),
             "housekeeping": housekeeping.keep(),
             "receipts": inbox.run(),
+            "early receipts": receipts.sweep(pool),
             "expander": expander.run(),
             "importer": importer.run(),
             "sender": sender.run(),
+            "resolver": resolver.run(),
             "news": database.listen(
                 pool,
                 {
@@ -189,10 +211,11 @@ async def _prepare(
         for name in await migrate(dsn):
             log.info("schema.migrated", migration=name)
     await database.check_schema(pool)
-    keys.extend(await tenants.signing_keys(pool))
+    stored = await tenants.signing_keys(pool)
     if settings.database_url is None:
         await queue.bury_all(pool)  # the folder's lock is ours: nobody else can be alive
     await housekeeping.register()
+    keys.extend(stored)
 
 
 async def _before(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:
@@ -280,10 +303,12 @@ class _Loops:
 async def _tick() -> None:
     """Feeds systemd's watchdog as long as the event loop turns. It asks nothing of the database: an outage there
     must not kill every daemon in the middle of its requests."""
-    seconds = telemetry.watchdog_seconds() or TICK_SECONDS
+    seconds = min(telemetry.watchdog_seconds() or TICK_SECONDS, TICK_SECONDS)
     while True:
         telemetry.notify_systemd("WATCHDOG=1")
+        asleep = metrics.Sleeper()
         await asyncio.sleep(seconds)
+        asleep.slept(seconds)
 
 
 async def _goodbye(pool: Pool, standing: queue.Standing) -> None:

@@ -9,10 +9,11 @@ import hashlib
 import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import asyncpg
 import orjson
@@ -44,7 +45,11 @@ AWAY: tuple[type[BaseException], ...] = (
     asyncpg.InternalClientError,
     asyncpg.TransactionRollbackError,
     asyncpg.LockNotAvailableError,
+    asyncpg.ReadOnlySQLTransactionError,
 )
+UNUSABLE_DSN = asyncpg.exceptions.ClientConfigurationError
+"""What the URL asks for does not exist; waiting does not help. Also one of AWAY, so to be caught before."""
+UNDEFINED_FUNCTION = asyncpg.UndefinedFunctionError
 
 _MIGRATION_LOCK = 7276300
 _SERVER_SETTINGS = {
@@ -99,6 +104,70 @@ def queries(room: str) -> dict[str, str]:
 # --------------------------------------------------------------------------------------- connections
 
 
+def _ends_on_a_standby(method: Any) -> Any:
+    """A server that is no primary any more: this connection ends, so that the pool opens another."""
+
+    @wraps(method)
+    async def call(self: Any, *args: Any, **options: Any) -> Any:
+        try:
+            return await method(self, *args, **options)
+        except asyncpg.ReadOnlySQLTransactionError:
+            self.terminate()
+            raise
+
+    return call
+
+
+class _Connection(asyncpg.Connection):
+    execute = _ends_on_a_standby(asyncpg.Connection.execute)
+    fetch = _ends_on_a_standby(asyncpg.Connection.fetch)
+    fetchrow = _ends_on_a_standby(asyncpg.Connection.fetchrow)
+    fetchval = _ends_on_a_standby(asyncpg.Connection.fetchval)
+
+
+def hosts_of(dsn: str) -> list[str]:
+    """A URL for each of the hosts that it names, separated by commas, after the @ or as `host`."""
+    parts = urlsplit(dsn)
+    account, at, named = parts.netloc.rpartition("@")
+    if named:
+        return [
+            urlunsplit(parts._replace(netloc=f"{account}{at}{one}")) for one in named.split(",")
+        ]
+    query = dict(parse_qsl(parts.query, keep_blank_values=True))
+    hosts, ports = query.get("host", "").split(","), query.get("port", "5432").split(",")
+    if len(hosts) == 1:
+        return [dsn]
+    ports = ports if len(ports) == len(hosts) else ports[:1] * len(hosts)
+    each = [query | {"host": host, "port": port} for host, port in zip(hosts, ports, strict=True)]
+    return [urlunsplit(parts._replace(query=urlencode(one))) for one in each]
+
+
+class _Dial:
+    """Connects to the first host that answers and can be written to, and asks that one first the next time: a machine
+    that is gone answers nothing, and must not use up the time of those behind it."""
+
+    def __init__(self, dsn: str) -> None:
+        self._dsns = hosts_of(dsn)
+
+    async def __call__(self, *_dsn: Any, **options: Any) -> "asyncpg.Connection[Record]":
+        fault: BaseException | None = None
+        patience = 5 if len(self._dsns) == 1 else 2
+        for dsn in list(self._dsns):
+            try:
+                connection: asyncpg.Connection[Record] = await asyncpg.connect(
+                    dsn, **{"timeout": patience, "target_session_attrs": "read-write", **options}
+                )
+            except UNUSABLE_DSN:
+                raise
+            except AWAY as error:
+                fault = error
+            else:
+                self._dsns.sort(key=lambda one: one != dsn)
+                return connection
+        assert fault is not None
+        raise fault
+
+
 async def _prepare(connection: Any) -> None:
     await connection.set_type_codec(
         "jsonb",
@@ -113,46 +182,61 @@ async def _keep_as_is(_connection: Any) -> None:
     """Nothing here sets session state, so a connection is fit for the next user without four statements."""
 
 
-async def open_pool(dsn: str, size: int) -> Pool:
-    """A pool of up to `size` connections, each opened when it is first needed: Postgres need not be there yet."""
+async def open_pool(
+    dsn: str, size: int, greet: Callable[[Connection], Awaitable[None]] | None = None
+) -> Pool:
+    """A pool of up to `size` connections, each opened when it is first needed: Postgres need not be there yet.
+    `greet`: what is done with each before it is used."""
+
+    async def init(connection: Any) -> None:
+        await _prepare(connection)
+        if greet is not None:
+            await greet(connection)
+
     return await asyncpg.create_pool(
         dsn,
         min_size=0,
         max_size=size,
-        init=_prepare,
+        connect=_Dial(dsn),
+        connection_class=_Connection,
+        init=init,
         reset=_keep_as_is,
         server_settings=_SERVER_SETTINGS,
-        timeout=5,
         command_timeout=60,
         max_inactive_connection_lifetime=0,
     )
 
 
+def waiting(pool: Pool) -> int:
+    """How many tasks wait for a connection of the pool (asyncpg does not tell, its queue does)."""
+    getters = getattr(getattr(pool, "_queue", None), "_getters", ())
+    return sum(not getter.done() for getter in getters)
+
+
 async def connect(dsn: str) -> "asyncpg.Connection[Record]":
     """One connection outside a pool, with the same settings but no statement time-out."""
-    connection = await asyncpg.connect(
-        dsn, timeout=5, server_settings={**_SERVER_SETTINGS, "statement_timeout": "0"}
-    )
+    connection = await _Dial(dsn)(server_settings={**_SERVER_SETTINGS, "statement_timeout": "0"})
     await _prepare(connection)
     return connection
 
 
 async def wait_for(dsn: str, on_wait: Callable[[BaseException], None]) -> None:
-    """Returns when Postgres answers, however long that takes; `on_wait` hears of each refusal."""
+    """Returns when Postgres answers, however long that takes; `on_wait` hears of each refusal. Raises UNUSABLE_DSN."""
+    dial = _Dial(dsn)
 
     def before_sleep(state: tenacity.RetryCallState) -> None:
         if state.outcome is not None and (error := state.outcome.exception()) is not None:
             on_wait(error)
 
     async for attempt in tenacity.AsyncRetrying(
-        retry=tenacity.retry_if_exception_type(AWAY),
-        wait=tenacity.wait_exponential_jitter(initial=0.1, max=3),
+        retry=tenacity.retry_if_exception_type(AWAY)
+        & tenacity.retry_if_not_exception_type(UNUSABLE_DSN),
+        wait=tenacity.wait_random_exponential(multiplier=0.1, max=3),
         before_sleep=before_sleep,
         reraise=True,
     ):
         with attempt:
-            connection = await asyncpg.connect(dsn, timeout=5)
-            await connection.close()
+            await (await dial()).close()
 
 
 async def listen(
@@ -275,5 +359,7 @@ async def until_written(action: Callable[[], Awaitable[T]], pause_seconds: float
         try:
             return await action()
         except AWAY as error:
+            if isinstance(error, ValueError):  # asyncpg's word for a value that no Postgres would take
+                raise
             log.warning("database.away", error=repr(error))
             await asyncio.sleep(pause_seconds)

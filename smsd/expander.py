@@ -9,16 +9,17 @@ from collections.abc import Mapping, Sequence
 
 import structlog
 
-from smsd import contacts, database, expansions, faults, queue, text
+from smsd import contacts, database, expansions, faults, metrics, queue, telemetry, text
 from smsd.database import Pool, Record
 from smsd.expansions import Chunk, Expansion, Rendered, Skipped
+from smsd.loops import first_of
+from smsd.model import SEGMENTS_MOST as SEGMENTS_MOST
 from smsd.model import Reason
 
 log = structlog.get_logger()
 
 FIRST_CHUNK, CHUNK = 2_000, 10_000
 ROWS_BETWEEN_YIELDS = 250
-SEGMENTS_MOST = 10
 SLOW_LOOK_SECONDS = 1.0
 
 
@@ -102,11 +103,11 @@ class Expander:
                     continue
             except database.AWAY as error:
                 log.warning("expansion.failed", error=repr(error))
-            try:
-                async with asyncio.timeout(SLOW_LOOK_SECONDS):
-                    await self._news.wait()
-            except TimeoutError:
-                pass
+            except Exception as error:  # of the look at what runs: a campaign's own fault pauses it
+                log.error(
+                    "expansion.failed", error=type(error).__name__, stack=telemetry.stack_of(error)
+                )
+            await first_of(SLOW_LOOK_SECONDS, self._news)
 
     async def expand_one(self) -> bool:
         """Writes one chunk of the expansion whose turn it is. False: nothing runs."""
@@ -122,12 +123,22 @@ class Expander:
         except expansions.OutOfCredits as short:
             bound.warning("expansion.out_of_credits", detail=str(short))
             await expansions.let_go(self._pool, expansion, replica_id)
-            await expansions.pause_for_credits(self._pool, expansion, str(short))
+            await expansions.pause_for_credits(self._pool, expansion, short)
+            return True
+        except database.AWAY:
+            raise
+        except Exception as error:  # it must stand in nobody else's way
+            fault = type(error).__name__
+            bound.error("expansion.broken", error=fault, stack=telemetry.stack_of(error))
+            await expansions.let_go(self._pool, expansion, replica_id)
+            detail = f"{fault} at the recipients after {expansion.cursor}; the log has more"
+            await expansions.pause_as_failed(self._pool, expansion, detail)
             return True
         faults.point("chunk.written")
         if first_id is None:
             bound.info("expansion.moved_on")
             return True
+        metrics.expanded(len(chunk.rendered), len(chunk.skipped))
         if first_id:
             await queue.wake_lane(self._pool, expansion.lane_id, first_id)
         bound.info(

@@ -71,7 +71,11 @@ class Chunk:
 
 
 class OutOfCredits(Exception):  # noqa: N818 - a fact, not a fault
-    """The exact figure of a chunk needs more credits than the tenant has."""
+    """The exact figure of a chunk needs more credits than the `available` ones that the tenant has."""
+
+    def __init__(self, messages: int, needed: int, available: int) -> None:
+        super().__init__(f"a chunk of {messages} messages needs {needed} credits")
+        self.available = available
 
 
 async def claim(db: Executor, replica_id: int) -> Expansion | None:
@@ -85,9 +89,14 @@ async def let_go(db: Executor, expansion: Expansion, replica_id: int) -> None:
     await db.execute(SQL["let_go"], expansion.campaign_id, replica_id)
 
 
-async def pause_for_credits(db: Executor, expansion: Expansion, detail: str) -> None:
-    """Pauses the campaign until a top-up."""
-    await db.execute(SQL["pause_expansion"], expansion.campaign_id, detail)
+async def pause_for_credits(db: Executor, expansion: Expansion, short: OutOfCredits) -> None:
+    """Pauses the campaign until a top-up, unless one has come meanwhile."""
+    await db.execute(SQL["pause_for_credits"], expansion.campaign_id, short.available, str(short))
+
+
+async def pause_as_failed(db: Executor, expansion: Expansion, detail: str) -> None:
+    """Pauses the campaign until a person has seen to it; a resume tries again."""
+    await db.execute(SQL["pause_as_failed"], expansion.campaign_id, detail)
 
 
 async def commit(pool: Pool, expansion: Expansion, chunk: Chunk, replica_id: int) -> int | None:
@@ -106,10 +115,12 @@ async def commit(pool: Pool, expansion: Expansion, chunk: Chunk, replica_id: int
         if skipped:
             await connection.execute(SQL["count_skipped"], expansion.campaign_id, len(skipped))
         exact = sum(one.segments for one in rendered)
-        if not await connection.fetchval(
+        hold = await connection.fetchrow(
             SQL["settle_hold"], expansion.campaign_id, chunk.read, exact, chunk.last
-        ):
-            raise OutOfCredits(f"a chunk of {len(rendered)} messages needs {exact} credits")
+        )
+        assert hold is not None
+        if not hold["held"]:
+            raise OutOfCredits(len(rendered), exact, hold["available"])
         return first_id if rendered else 0
 
 
@@ -120,7 +131,7 @@ async def _without_present(
     phones = [one.phone for one in chunk.rendered]
     phones += [one.phone for one in chunk.skipped if one.phone is not None]
     seen: set[int] = set()
-    if expansion.read and phones:
+    if phones:
         rows = await connection.fetch(SQL["already_there"], expansion.campaign_id, phones)
         seen = {row["phone"] for row in rows}
 

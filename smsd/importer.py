@@ -12,10 +12,11 @@ from collections.abc import Callable
 import asyncpg
 import structlog
 
-from smsd import csvfile, database, imports
+from smsd import csvfile, database, imports, telemetry
 from smsd.csvfile import CellError, Columns, Header, HeaderError, Reader
 from smsd.database import Pool
 from smsd.imports import Block, Job
+from smsd.loops import first_of
 
 log = structlog.get_logger()
 
@@ -48,11 +49,13 @@ class Importer:
                     continue
             except _INTERRUPTED as error:
                 log.warning("import.interrupted", error=repr(error))
-            try:
-                async with asyncio.timeout(SLOW_LOOK_SECONDS):
-                    await self._news.wait()
-            except TimeoutError:
-                pass
+            except (
+                Exception
+            ) as error:  # of the look at what waits: a file's own fault fails its job
+                log.error(
+                    "import.broken", error=type(error).__name__, stack=telemetry.stack_of(error)
+                )
+            await first_of(SLOW_LOOK_SECONDS, self._news)
 
     async def import_block(self, replica_id: int) -> bool:
         """Imports the next block of the job whose turn it is. False: there is none."""
@@ -69,10 +72,13 @@ class Importer:
             await imports.fail(
                 self._pool, job, replica_id, imports.problem(1, error.value, str(error))
             )
-        except (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError) as error:
+        except _INTERRUPTED:
+            raise
+        except Exception as error:
             # Only a hole in the checks before can come to this; the job must not be tried for ever.
-            bound.error("import.failed", reason=type(error).__name__)
-            message = "a value cannot be stored; the log has more"
+            fault = type(error).__name__
+            bound.error("import.failed", reason=fault, stack=telemetry.stack_of(error))
+            message = f"the file cannot be read on from here ({fault}); the log has more"
             await imports.fail(self._pool, job, replica_id, imports.problem(job.line, "", message))
         else:
             bound.info(

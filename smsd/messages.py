@@ -50,6 +50,26 @@ class Message:
     finished_at: datetime | None
 
 
+class Line(NamedTuple):
+    """One recipient of a campaign in few words: its message as it is shown, without text and story."""
+
+    id: int
+    phone: int | None
+    status: str | None
+    own_state: int | None
+    reason: str | None
+    detail: str | None
+    segments: int
+    provider_id: str | None
+    accepted_at: datetime | None
+    finished_at: datetime | None
+
+    @property
+    def credits(self) -> int:
+        """What it cost: its segments, once Mitto has accepted it."""
+        return self.segments if _accepted(self.own_state) else 0
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """One POST's worth. `size`: its messages; `open`: those that it still speaks for."""
@@ -106,6 +126,19 @@ async def _by_status(
     if spoken_for:
         rows += await db.fetch(SQL["page_by_batch_state"], campaign_id, after, spoken_for, limit)
     return sorted(rows, key=itemgetter("id"))[:limit]
+
+
+async def lines(db: Executor, campaign_id: int, after: int, limit: int) -> list[Line]:
+    """Like `page` without a filter, at a fraction of the cost."""
+    rows = await db.fetch(SQL["lines"], campaign_id, after, limit)
+    # One message of each batch that is unknown: what was tried with it was tried with the others.
+    asked = {
+        row["batch_id"]: row["id"]
+        for row in rows
+        if row["own_state"] is None and row["batch_state"] == BatchState.UNKNOWN
+    }
+    stories = await _stories(db, campaign_id, [*asked.values()])
+    return [_line(row, stories.get(asked.get(row["batch_id"]), ())) for row in rows]
 
 
 async def get(db: Executor, tenant_id: int, message_id: int) -> Message | None:
@@ -169,10 +202,19 @@ def _batch(row: Record) -> Batch:
 async def _with_attempts(db: Executor, campaign_id: int, rows: Sequence[Record]) -> list[Message]:
     if not rows:
         return []
-    stories: dict[int, list[Record]] = {row["id"]: [] for row in rows}
-    for tried in await db.fetch(SQL["attempts"], campaign_id, [*stories], LARGEST_BATCH):
-        stories[tried["message_id"]].append(tried)
+    stories = await _stories(db, campaign_id, [row["id"] for row in rows])
     return [_message(row, _story(row, stories[row["id"]])) for row in rows]
+
+
+async def _stories(
+    db: Executor, campaign_id: int, ids: Sequence[int]
+) -> dict[int | None, list[Record]]:
+    """The attempts in whose range each message was, in order."""
+    stories: dict[int | None, list[Record]] = {one: [] for one in ids}
+    if ids:
+        for tried in await db.fetch(SQL["attempts"], campaign_id, ids, LARGEST_BATCH):
+            stories[tried["message_id"]].append(tried)
+    return stories
 
 
 def _story(row: Record, tried: Sequence[Record]) -> tuple[Attempt, ...]:
@@ -189,9 +231,6 @@ def _story(row: Record, tried: Sequence[Record]) -> tuple[Attempt, ...]:
 
 
 def _message(row: Record, attempts: tuple[Attempt, ...]) -> Message:
-    own = row["own_state"]
-    accepted = own is not None and MessageState.ACCEPTED <= own <= MessageState.DELIVERED
-    cancelled = own is None and row["batch_state"] == BatchState.CANCELLED
     return Message(
         id=row["id"],
         campaign_id=row["campaign_id"],
@@ -206,9 +245,34 @@ def _message(row: Record, attempts: tuple[Attempt, ...]) -> Message:
         reference=row["reference"],
         attempts=attempts,
         created_at=row["created_at"],
-        accepted_at=row["settled_at"] if accepted else None,
-        finished_at=row["batch_done_at"] if cancelled else row["finished_at"],
+        accepted_at=_accepted_at(row),
+        finished_at=_finished_at(row),
     )
+
+
+def _line(row: Record, tried: Sequence[Record]) -> Line:
+    reason = row["reason"]
+    if reason is None and row["own_state"] is None:
+        reason = _batchs_reason(row, _story(row, tried))
+    return Line(
+        row["id"], row["phone"], row["status"], row["own_state"], reason, row["detail"],
+        row["segments"], row["provider_id"], _accepted_at(row), _finished_at(row),
+    )  # fmt: skip
+
+
+def _accepted(own_state: int | None) -> bool:
+    return own_state is not None and MessageState.ACCEPTED <= own_state <= MessageState.DELIVERED
+
+
+def _accepted_at(row: Record) -> datetime | None:
+    at: datetime | None = row["settled_at"] if _accepted(row["own_state"]) else None
+    return at
+
+
+def _finished_at(row: Record) -> datetime | None:
+    cancelled = row["own_state"] is None and row["batch_state"] == BatchState.CANCELLED
+    at: datetime | None = row["batch_done_at"] if cancelled else row["finished_at"]
+    return at
 
 
 def _batchs_reason(row: Record, attempts: tuple[Attempt, ...]) -> Reason | None:

@@ -25,7 +25,8 @@ import orjson
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.connector import Connection
 
-from smsd import faults
+from smsd import arrival, faults
+from smsd.arrival import clock as clock
 from smsd.model import (
     API_KEY_HEADER,
     BULK_PATH,
@@ -42,13 +43,6 @@ ANSWER_BYTES_MAX = 8 * 1024 * 1024
 ID_CHARACTERS_MAX = 64
 DETAIL_CHARACTERS = 500
 ITEM_DETAIL_CHARACTERS = 300
-
-_BOOT_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
-
-
-def clock() -> float:
-    """Seconds on a clock that never steps and, where the system has one, counts suspend."""
-    return time.clock_gettime(_BOOT_CLOCK)
 
 
 # --- what goes in and what comes out ---------------------------------------------------------
@@ -70,6 +64,7 @@ class Item:
     phone: int
     text: str
     sender: str
+    reference: str | None = None
 
 
 class ItemResult(NamedTuple):
@@ -91,8 +86,10 @@ class Result:
     refusal_hash: str | None = None  # REFUSED: equal for equal complaints, see `_refusal_hash`
     retry_after_seconds: float | None = None  # THROTTLED: at most 600, None when not said
     bulk_id: str | None = None
+    shape: str | None = None  # "list" | "flat": how a 2xx laid out its results
     items: tuple[ItemResult, ...] = ()
     left_at: float | None = None  # `clock()` when the gate was passed, None if no byte left
+    arrived_by: float | None = None  # `clock()` by which it had arrived, None if not known
     answered_at: float | None = None  # `clock()` when the whole answer was read
     date_skew_seconds: float | None = None  # the provider's Date minus our wall clock
 
@@ -114,6 +111,7 @@ class Fetched:
     retry_after_seconds: float | None = None
     date_skew_seconds: float | None = None
     provider_id: str | None = None
+    traffic_account_id: str | None = None
     word: str = ""  # the state as the provider spells it
     state: MessageState | None = None
     destination: int | None = None  # digits; None unless exactly one number can be meant
@@ -369,6 +367,7 @@ def classify(
         refusal_hash=_refusal_hash(body, document) if outcome is Outcome.REFUSED else None,
         retry_after_seconds=answer.retry_after_seconds if outcome is Outcome.THROTTLED else None,
         bulk_id=_identifier(_fields(document).get("bulkid")) if results else None,
+        shape=("list" if "messages" in _fields(document) else "flat") if results else None,
         items=_item_results(items, results, account.api_key) if results else (),
         date_skew_seconds=_date_skew(headers),
     )
@@ -378,9 +377,15 @@ def classify(
 class _Body(aiohttp.Payload):
     """The bytes of one POST, its gate, and whether they were handed to the connection."""
 
-    def __init__(self, value: bytes, gate: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        value: bytes,
+        gate: Callable[[], None],
+        starts_at: float = 0.0,
+        watch: arrival.Watch | None = None,
+    ) -> None:
         super().__init__(value, content_type="application/json")
-        self._gate = gate
+        self._gate, self._starts_at, self.watch = gate, starts_at, watch or arrival.Watch()
         self.passed_at: float | None = None
         self.left = False
         self.withheld: BaseException | None = None  # what the gate raised
@@ -391,6 +396,12 @@ class _Body(aiohttp.Payload):
 
     def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
         return str(self._value, encoding, errors)
+
+    async def wait_for_start(self) -> None:
+        """Returns when the POST may start. With the connection in hand: opening one takes longer than a slot lasts."""
+        wait = self._starts_at - clock()
+        if wait > 0:
+            await asyncio.sleep(wait)
 
     def pass_gate(self) -> None:
         try:
@@ -406,6 +417,7 @@ class _Body(aiohttp.Payload):
             self.pass_gate()
         self.left = True
         await writer.write(self._value)
+        self.watch.written()
         faults.point("body.sent")
 
 
@@ -420,11 +432,14 @@ class _GatedRequest(aiohttp.ClientRequest):
     """
 
     async def send(self, conn: Connection) -> aiohttp.ClientResponse:
+        body = self.body
+        if isinstance(body, _Body):
+            await body.wait_for_start()
         if _is_stale(conn):
             # The class that makes aiohttp try a GET on another connection, and never a POST.
             raise aiohttp.ServerDisconnectedError("the pooled connection had gone stale")
-        body = self.body
         if isinstance(body, _Body):
+            body.watch.begin(conn.transport)
             try:
                 body.pass_gate()
             except BaseException:
@@ -460,6 +475,7 @@ def encode(account: Account, items: Sequence[Item]) -> bytes:
             "trafficAccountId": account.provider_id,
             "destination": f"+{item.phone}",
             "sms": {"text": item.text, "sender": item.sender},
+            **({} if item.reference is None else {"reference": item.reference}),
         }
         for item in items
     ]
@@ -500,21 +516,28 @@ class Client:
         await self._session.close()
 
     async def send(
-        self, account: Account, items: Sequence[Item], gate: Callable[[], None]
+        self,
+        account: Account,
+        items: Sequence[Item],
+        gate: Callable[[], None],
+        starts_at: float = 0.0,
+        on_unseen: Callable[[], None] | None = None,
     ) -> Result:
-        """Post `items` once, and say what came of it.
+        """Post `items` once, not before `starts_at` (`clock()`), and say what came of it.
 
         `gate` is called once, with the connection in hand, before the first byte; what it raises
-        (`Withdrawn`) comes out of here and nothing has left. Every failure of network or provider
-        is a Result. Cancelling raises CancelledError and leaves the POST as good as unknown once
-        the gate was passed: shield the call to keep what it answers.
+        (`Withdrawn`) comes out of here and nothing has left. `on_unseen`: see `arrival.Watch`.
+        Every failure of network or provider is a Result. Cancelling raises CancelledError and
+        leaves the POST as good as unknown once the gate was passed: shield the call to keep what
+        it answers.
         """
-        body = _Body(encode(account, items), gate)
+        watch = arrival.Watch(on_unseen)
+        body = _Body(encode(account, items), gate, starts_at, watch)
         path = SEND_PATH if len(items) == 1 else BULK_PATH
         status = None
         try:
             async with (
-                asyncio.timeout(self._timeout_seconds),
+                asyncio.timeout(self._timeout_seconds + max(0.0, starts_at - clock())),
                 self._session.post(
                     self._base_url + path,
                     data=body,
@@ -527,6 +550,7 @@ class Client:
             faults.point("answer.read")
         # Everything: once a byte has left no class of error may turn into "not sent".
         except Exception as problem:
+            arrived_by = watch.end(None)
             if body.withheld is not None:
                 raise body.withheld from None
             return Result(
@@ -534,10 +558,14 @@ class Client:
                 status=status,
                 detail=self._explain(problem, account),
                 left_at=body.passed_at if body.left else None,
+                arrived_by=arrived_by,
             )
         answered_at = clock()
+        arrived_by = watch.end(answered_at)
         result = classify(status, headers, answer, items, account)
-        return replace(result, left_at=body.passed_at, answered_at=answered_at)
+        return replace(
+            result, left_at=body.passed_at, arrived_by=arrived_by, answered_at=answered_at
+        )
 
     async def fetch(self, account: Account, provider_id: str) -> Fetched:
         """Ask for one message by the provider's id. Harmless to repeat, and aiohttp may do so."""
@@ -651,6 +679,7 @@ def _fetched(
         status,
         date_skew_seconds=skew,
         provider_id=provider_id,
+        traffic_account_id=_string(fields.get("trafficaccountid")),
         word=word,
         state=state_of(word),
         destination=_destination(fields, sender),

@@ -71,9 +71,14 @@ class Reason(StrEnum):
     NO_ANSWER = "no_answer"
     UNREADABLE_ANSWER = "unreadable_answer"
     REPLICA_DIED = "replica_died"
+    VERDICT_SENT = "verdict_sent"  # a person said that Mitto took it
+    VERDICT_FAILED = "verdict_failed"  # a person said that Mitto did not
     DELIVERY_FAILED = "delivery_failed"
     CAMPAIGN_CANCELLED = "campaign_cancelled"
 
+
+SEGMENTS_MOST = 10
+"""The longest text that is sent."""
 
 # --- the wire of Mitto's Messaging API -------------------------------------------------------
 BULK_PATH = "/api/v1.1/Messages/sendmessagesbulk"

@@ -8,24 +8,27 @@ Times that carry `_us` are microseconds of the database's clock.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from smsd import database
+from smsd import database, metrics
 from smsd.database import Connection, Executor
 from smsd.mitto import ItemResult
 
 SQL = database.queries("queue")
 
-GUARD_US = 35_000
-"""J: how much later than its slot a request may arrive and still be inside the limiter's window."""
+GUARD_US = 30_000
+"""J: how much later than its slot a request may arrive and still be inside the limiter's window; `guard_us()` in SQL."""
+GATE_US = GUARD_US // 3
+"""How much later than its slot a request may leave; the rest of the guard is for its way, and for being read."""
 HORIZON_US = 100_000
 """How far ahead of now slots are given; also what a newcomer waits for on a saturated account."""
 
 
 class Grant(NamedTuple):
-    """A lease on one batch, with the slot at which it may leave."""
+    """A lease on one batch, with the slot at which it may leave. `cost`: what it took of the limits in messages (or
+    segments)."""
 
     batch_id: int
     epoch: int
@@ -33,6 +36,7 @@ class Grant(NamedTuple):
     tenant_id: int
     n: int
     slot_us: int
+    cost: int = 0
 
 
 class Claim(NamedTuple):
@@ -66,6 +70,7 @@ class AccountRow:
     requests_per_second: int
     max_in_flight: int | None
     paused_reason: str | None
+    capabilities: dict[str, Any] = field(default_factory=dict)
 
 
 # ------------------------------------------------------------------------------------------ replicas
@@ -94,14 +99,26 @@ class Standing:
         return self.replica_id != 0 and now < self.beat_at + 0.9 * self.lease_seconds
 
 
+class Beat(NamedTuple):
+    """A heartbeat that was written, and where: `kept` unless this is another database than the one whose history is
+    known (`identity`), which was noticed at `found_at`."""
+
+    beat: int
+    kept: bool
+    identity: str
+    found_at: datetime | None
+
+
 async def register(db: Executor, name: str, version: str) -> int:
     """A new registration of this process; returns its id, which owns its leases."""
     return int(await db.fetchval(SQL["register_replica"], name, version))
 
 
-async def beat(db: Executor, replica_id: int) -> bool:
-    """Moves the heartbeat. False: this replica was declared dead."""
-    return await db.fetchval(SQL["beat"], replica_id) is not None
+async def beat(db: Executor, replica_id: int, known: int = 0) -> Beat | None:
+    """Moves the heartbeat; `known`: the last one that was acknowledged. None: this replica was declared dead."""
+    row = await db.fetchrow(SQL["beat"], replica_id, known)
+    assert row is not None
+    return None if row["beat"] is None else Beat(**row)
 
 
 async def leave(db: Executor, replica_id: int, reason: str) -> None:
@@ -146,14 +163,18 @@ class DatabaseClock:
         self._low = self._high = 0.0
         self._read_at: float | None = None
 
-    def observe(self, before: float, after: float, now_us: int) -> None:
-        """A reading: the database said `now_us` at some time between `before` and `after`."""
+    def observe(self, before: float, after: float, now_us: int) -> float:
+        """A reading: the database said `now_us` at some time between `before` and `after`. Returns by how many seconds
+        at least it had stepped ahead of what earlier readings allow; 0 if it had not."""
         low, high = now_us / 1e6 - after, now_us / 1e6 - before
+        ahead = 0.0
         if self._read_at is not None:
             slack = (after - self._read_at) * self._DRIFT
-            if low <= self._high + slack and high >= self._low - slack:
+            ahead = max(0.0, low - self._high - slack)
+            if ahead == 0 and high >= self._low - slack:
                 low, high = max(low, self._low - slack), min(high, self._high + slack)
         self._low, self._high, self._read_at = low, high, after
+        return ahead
 
     def surely_at(self, slot_us: int) -> float:
         """The local time from which on the database's clock has surely reached the slot."""
@@ -162,6 +183,10 @@ class DatabaseClock:
     def maybe_at(self, slot_us: int) -> float:
         """The local time from which on the database's clock may have reached the slot."""
         return slot_us / 1e6 - min(self._high, self._middle + self._DOUBT_MOST)
+
+    def us_at(self, at: float) -> int:
+        """What the database's clock shows at the local time `at`, at the most."""
+        return int((at + min(self._high, self._middle + self._DOUBT_MOST)) * 1e6)
 
     @property
     def _middle(self) -> float:
@@ -195,7 +220,15 @@ async def claim(
     if first["batch_id"] is None:
         return Claim((), first["now_us"], first["slot"], first["waits_for"])
     grants = tuple(
-        Grant(r["batch_id"], r["epoch"], r["campaign_id"], r["tenant_id"], r["n"], r["slot"])
+        Grant(
+            r["batch_id"],
+            r["epoch"],
+            r["campaign_id"],
+            r["tenant_id"],
+            r["n"],
+            r["slot"],
+            r["cost"],
+        )
         for r in rows
     )
     return Claim(grants, first["now_us"], None, None)
@@ -213,9 +246,26 @@ async def withdraw(db: Executor, grant: Grant, why: str) -> bool:
     return bool(await db.fetchval(SQL["withdraw"], grant.batch_id, grant.epoch, why))
 
 
-async def arrived_late(db: Executor, account_id: int, grant: Grant) -> None:
-    """Keeps a request that may have arrived after its slot in the limiter's window from now on."""
-    await db.execute(SQL["arrived_late"], account_id, grant.tenant_id, grant.slot_us, grant.n)
+async def retake_slot(
+    db: Executor, grant: Grant, *, lead_us: int, all_limit: int | None = None
+) -> Grant | None:
+    """Another slot for a batch whose intent is written and whose slot was missed. None: not now; it has none then."""
+    slot = await db.fetchval(
+        SQL["retake_slot"], grant.batch_id, grant.epoch, lead_us, HORIZON_US, all_limit
+    )
+    return None if slot is None else grant._replace(slot_us=slot)
+
+
+async def arrived_late(
+    db: Executor, account_id: int, grant: Grant, until_us: int | None = None
+) -> int:
+    """Counts a request in the limiter's window as if it had left at `until_us` (None: now) instead of its slot; when
+    that is."""
+    return int(
+        await db.fetchval(
+            SQL["arrived_late"], account_id, grant.tenant_id, grant.slot_us, grant.cost, until_us
+        )
+    )
 
 
 async def grant_request(
@@ -311,6 +361,12 @@ async def block_account(db: Executor, account_id: int, seconds: float) -> None:
     await db.execute(SQL["block_account"], account_id, seconds)
 
 
+async def throttle_account(db: Executor, account_id: int, seconds: float, slot_us: int) -> bool:
+    """As `block_account`, and the ceiling goes down: once for all that were granted before it was blocked. `slot_us`:
+    of the request that was refused. False: it was one of those, and the ceiling is down already."""
+    return bool(await db.fetchval(SQL["throttle_account"], account_id, seconds, slot_us))
+
+
 async def pause_account(
     db: Executor, account_id: int, reason: str, detail: str, api_key: str
 ) -> bool:
@@ -346,20 +402,72 @@ class ReceiptRow(NamedTuple):
     description: str | None
 
 
-async def apply_receipts(db: Executor, receipts: Sequence[ReceiptRow]) -> tuple[int, int]:
-    """Applies receipts in one transaction: (messages that moved, receipts kept for ids not known yet)."""
-    row = await db.fetchrow(SQL["apply_receipts"], *map(list, zip(*receipts, strict=True)))
+class RawReceipt(NamedTuple):
+    """What came in as a receipt and could not be read, and why not."""
+
+    account_id: int | None
+    body: str
+    why: str
+
+
+class Sweep(NamedTuple):
+    """last_id: of the early receipts that were looked at, None where there were none."""
+
+    last_id: int | None
+    joined: int
+    given_up: int
+
+
+async def apply_receipts(
+    db: Executor, receipts: Sequence[ReceiptRow], raw: Sequence[RawReceipt] = ()
+) -> tuple[int, int]:
+    """Applies receipts, and keeps what could not be read, in one transaction: (messages that moved, receipts kept
+    for ids not known yet)."""
+    row = await db.fetchrow(SQL["apply_receipts"], *_columns(receipts, 5), *_columns(raw, 3))
     assert row is not None
-    return row["updated"], row["kept"]
+    updated, kept = row["updated"], row["kept"]
+    metrics.receipts(received=len(receipts), applied=updated, early=kept, raw=len(raw))
+    return updated, kept
+
+
+def _columns(rows: Sequence[tuple[Any, ...]], width: int) -> list[list[Any]]:
+    return [list(column) for column in zip(*rows, strict=True)] or [[] for _ in range(width)]
 
 
 async def rejoin_receipts(db: Executor, provider_ids: Sequence[str] | None) -> int:
-    """Matches early receipts (None: all) with messages known by now; how many messages moved."""
-    return int(await db.fetchval(SQL["rejoin_receipts"], provider_ids))
+    """Matches early receipts (None: those of the last minute) with messages known by now; how many messages moved."""
+    joined = int(await db.fetchval(SQL["rejoin_receipts"], provider_ids))
+    metrics.receipts(applied=joined)
+    return joined
 
 
-async def keep_raw_receipts(
-    db: Executor, account_id: int | None, bodies: Sequence[str], whys: Sequence[str]
+async def sweep_early_receipts(db: Executor, after_id: int, most: int) -> Sweep:
+    """Looks at the next early receipts by id, matches those known by now, and gives up those older than a day."""
+    row = await db.fetchrow(SQL["sweep_early_receipts"], after_id, most)
+    assert row is not None
+    return Sweep(**row)
+
+
+async def next_raw_receipts(
+    db: Connection, after_id: int, until_id: int, most: int
+) -> list[database.Record]:
+    """The next raw receipts by id, locked; those that somebody else has locked are left out."""
+    return await db.fetch(SQL["next_raw_receipts"], after_id, until_id, most)
+
+
+async def newest_raw_receipt(db: Executor) -> int:
+    """The highest id in the raw inbox, 0 where it is empty."""
+    return int(await db.fetchval(SQL["newest_raw_receipt"]))
+
+
+async def known_receipts(db: Executor, receipts: Sequence[ReceiptRow]) -> list[bool]:
+    """Of each receipt whether its message is known."""
+    accounts, ids, *_ = _columns(receipts, 5)
+    return [row["known"] for row in await db.fetch(SQL["known_receipts"], accounts, ids)]
+
+
+async def end_raw_receipts(
+    db: Connection, read_ids: Sequence[int], unread_ids: Sequence[int], whys: Sequence[str]
 ) -> None:
-    """Keeps what came in as a receipt and could not be read."""
-    await db.execute(SQL["keep_raw_receipts"], account_id, bodies, whys)
+    """Removes raw receipts that were read, and says of others why they cannot be."""
+    await db.execute(SQL["end_raw_receipts"], read_ids, unread_ids, whys)

@@ -8,17 +8,20 @@ what has not left when we stop is given back.
 import asyncio
 import math
 import random
-from collections import deque
-from collections.abc import Callable, Coroutine
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from functools import partial
 from typing import Any
 
 import asyncpg
 import structlog
 
-from smsd import database, faults, mitto, queue
+from smsd import database, evidence, explain, faults, metrics, mitto, queue
 from smsd.config import Settings
 from smsd.database import Pool
+from smsd.loops import first_of as _first_of
 from smsd.model import Outcome
+from smsd.recovery import Memory
 
 log = structlog.get_logger()
 
@@ -29,10 +32,20 @@ REPLICA_IN_FLIGHT = 256
 MESSAGES_IN_FLIGHT = 20_000
 """Messages in memory per account; bounds what a very high limit would claim ahead."""
 SLOW_LOOK_SECONDS = 1.0
-LEAD_SECONDS_LEAST, LEAD_SECONDS_MOST = 0.004, 0.06
+LEAD_SECONDS_LEAST, LEAD_SECONDS_FIRST, LEAD_SECONDS_MOST = 0.004, 0.03, 0.06
+RETAKES_MOST = 3
+"""How often a batch that missed its slot takes another one before it is given back."""
 BREAKER_AFTER = 3
 BREAKER_SECONDS_MOST = 30.0
-THROTTLE_SECONDS, THROTTLE_SECONDS_MOST = 1.0, 60.0
+THROTTLE_SECONDS, THROTTLE_SECONDS_MOST = 0.25, 60.0
+CLOSED_SECONDS = (1_000_000 + queue.GUARD_US + 2 * queue.HORIZON_US) / 1e6
+"""After the database's clock stepped ahead: its limiters have forgotten what left within the last second."""
+
+
+OrderCheck = Callable[
+    [mitto.Account, bool | None, Sequence[int], Sequence[mitto.ItemResult]], Awaitable[bool]
+]
+"""Whether an answer's ids stand in the order of the numbers that were posted: (account, what is known, numbers, ids)."""
 
 
 class Recent:
@@ -60,11 +73,16 @@ class Sender:
         standing: queue.Standing,
         settings: Settings,
         on_settled: Callable[[], None],
+        order_holds: OrderCheck | None = None,
+        memory: Memory | None = None,
     ) -> None:
         self._pool, self._client, self._standing, self._settings = pool, client, standing, settings
-        self._on_settled = on_settled
+        self._on_settled, self._order_holds = on_settled, order_holds
+        self._memory = memory or Memory()
+        self.counts: Counter[str] = Counter()
         self._clock = queue.DatabaseClock()
-        self._intent_seconds = Recent(0.01)
+        self._closed_until = 0.0
+        self._intent_seconds = Recent(LEAD_SECONDS_FIRST)
         self._accounts: dict[int, _Account] = {}
         self._loops: dict[int, asyncio.Task[None]] = {}
         self._stopping = asyncio.Event()
@@ -109,6 +127,11 @@ class Sender:
                 self._claim_for(account), name=f"account {row.id}"
             )
 
+    @property
+    def in_flight(self) -> int:
+        """Batches between their claim and their settled outcome."""
+        return sum(len(account.sending) for account in self._accounts.values())
+
     async def stop(self) -> None:
         """Claims nothing more, gives back what has not left, and returns when all that left is written."""
         self._stopping.set()
@@ -123,8 +146,10 @@ class Sender:
         while not self._stopping.is_set():
             account.news.clear()
             want, priority_only = account.room()
-            if not want or not self._standing.replica_id:
-                await _first_of(account.closed_seconds(), account.news, self._stopping)
+            closed = self._closed_until - mitto.clock()
+            if not want or not self._standing.replica_id or closed > 0:
+                wait = max(account.closed_seconds(), closed)
+                await _first_of(wait, account.news, self._stopping)
                 continue
             pause = SLOW_LOOK_SECONDS
             try:
@@ -148,9 +173,12 @@ class Sender:
             priority_only=priority_only,
         )
         after = mitto.clock()
-        self._clock.observe(before, after, claim.now_us)
+        if (ahead := self._clock.observe(before, after, claim.now_us)) > 0:
+            self._closed_until = after + CLOSED_SECONDS
+            log.warning("clock.stepped_ahead", seconds=ahead)
         if claim.grants:
             faults.point("claim.granted")
+            self.counts["granted"] += len(claim.grants)
         for grant in claim.grants:
             account.start(grant, self._send(account, grant))
         if claim.grants:
@@ -176,25 +204,31 @@ class Sender:
             batch=grant.batch_id,
         )
         intent = None
+        self._memory.begin(account.row.id, self._standing.replica_id, grant)
         try:
             intent = await self._intend(grant)
             if intent is None:
                 return
+            self._memory.posted(grant, intent)
             bound = bound.bind(attempt=intent.attempt)
             credentials = self._credentials(account.row)
+            place = _Place(grant)
             try:
-                result = await self._post(credentials, grant, intent)
+                result = await self._post(account, credentials, place, intent)
             except mitto.Withdrawn as withdrawn:
-                account.missed_slot(grant)
                 await self._withdraw(grant, withdrawn.reason)
                 return
             account.answered(grant, result)
-            await self._settle(account, credentials, grant, intent, result, bound)
+            self.counts["throttled"] += result.outcome is Outcome.THROTTLED
+            await self._count_late(account, place, result)
+            await self._settle(account, credentials, place.grant, intent, result, bound)
+            await self._tell_breaker(account, result.detail)
         except Exception:
             # A fault of ours must not leave a batch behind that nobody will touch again.
             bound.exception("batch.failed")
             await self._give_up(grant, intent)
         finally:
+            self._memory.end(grant)
             account.release(grant)
             self._on_settled()
 
@@ -205,6 +239,8 @@ class Sender:
             self._stopping,
         )
         why = "stopping" if self._stopping.is_set() else None
+        if mitto.clock() < self._closed_until:
+            why = "the database's clock stepped ahead"
         if why is None:
             started = mitto.clock()
             faults.point("intent.writing")
@@ -221,6 +257,8 @@ class Sender:
 
     async def _withdraw(self, grant: queue.Grant, why: str) -> None:
         log.info("batch.withdrawn", batch=grant.batch_id, campaign=grant.campaign_id, reason=why)
+        self.counts["withdrawn"] += 1
+        self._memory.withdrew(grant, lambda: queue.withdraw(self._pool, grant, why))
         await database.until_written(lambda: queue.withdraw(self._pool, grant, why))
 
     async def _give_up(self, grant: queue.Grant, intent: queue.Intent | None) -> None:
@@ -235,29 +273,99 @@ class Sender:
         )
 
     async def _post(
-        self, credentials: mitto.Account, grant: queue.Grant, intent: queue.Intent
+        self,
+        account: "_Account",
+        credentials: mitto.Account,
+        place: "_Place",
+        intent: queue.Intent,
     ) -> mitto.Result:
-        """Waits for the slot and posts. Raises Withdrawn when it must not leave any more."""
-        starts_at = self._clock.surely_at(grant.slot_us)
-        latest = self._clock.maybe_at(grant.slot_us + queue.GUARD_US // 2)
+        """Waits for the slot and posts; takes another slot if it was missed. Raises Withdrawn when it must not leave."""
+        referenced = account.row.capabilities.get("referenceKept") is True
+        items = [
+            mitto.Item(
+                message_id, phone, text, intent.sender,
+                evidence.reference(message_id, intent.attempt) if referenced else None,
+            )
+            for message_id, phone, text in zip(intent.ids, intent.phones, intent.texts, strict=True)
+        ]  # fmt: skip
+        retakes = 0
+        while True:
+            starts_at = self._clock.surely_at(place.grant.slot_us)
+            if starts_at - mitto.clock() > 10e-6 * queue.HORIZON_US:
+                raise mitto.Withdrawn("the database's clock stepped back")
+            try:
+                return await self._client.send(
+                    credentials,
+                    items,
+                    self._gate(account, place.grant),
+                    starts_at,
+                    lambda: place.keep(self._pool, account.row.id),
+                )
+            except _Missed as missed:
+                retakes += 1
+                self.counts["retaken"] += 1
+                moved = await self._retake(place.grant) if retakes <= RETAKES_MOST else None
+                if moved is None:
+                    account.missed_slot(place.claimed)
+                    raise mitto.Withdrawn(missed.reason) from None
+                place.grant = moved
+
+    def _gate(self, account: "_Account", grant: queue.Grant) -> Callable[[], None]:
+        """What is asked right before the first byte."""
+        latest = self._clock.maybe_at(grant.slot_us + queue.GATE_US)
 
         def gate() -> None:
             now = mitto.clock()
-            if now > latest:
-                raise mitto.Withdrawn(f"{(now - latest) * 1000:.0f} ms past its slot")
             if not self._standing.holds(now):
                 raise mitto.Withdrawn("no heartbeat was acknowledged for most of a lease")
+            if account.is_closed() or now < self._closed_until:
+                raise mitto.Withdrawn("the account waits")
+            if now > latest:
+                raise _Missed(f"{(now - latest) * 1000:.0f} ms past its slot")
+            account.made_slot()
 
-        items = [
-            mitto.Item(message_id, phone, text, intent.sender)
-            for message_id, phone, text in zip(intent.ids, intent.phones, intent.texts, strict=True)
-        ]
-        wait = starts_at - mitto.clock()
-        if wait > 10e-6 * queue.HORIZON_US:
-            raise mitto.Withdrawn("the database's clock stepped back")
-        if wait > 0:
-            await asyncio.sleep(wait)
-        return await self._client.send(credentials, items, gate)
+        return gate
+
+    async def _retake(self, grant: queue.Grant) -> queue.Grant | None:
+        lead_us = int(self._lead_seconds() * 1e6)
+        all_limit = self._settings.requests_per_second
+        before = mitto.clock()
+        try:
+            moved = await queue.retake_slot(self._pool, grant, lead_us=lead_us, all_limit=all_limit)
+        except database.AWAY:
+            return None
+        self._intent_seconds.add(mitto.clock() - before)
+        return moved
+
+    async def _count_late(self, account: "_Account", place: "_Place", result: mitto.Result) -> None:
+        """A request that may have arrived later than its slot allows is counted from then on."""
+        arrived_by = account.arrived_by(result)
+        counted = await place.counted()
+        if arrived_by is None or arrived_by <= self._clock.maybe_at(
+            place.grant.slot_us + queue.GUARD_US
+        ):
+            return
+        self.counts["late"] += 1
+        until_us = self._clock.us_at(arrived_by)
+        await database.until_written(
+            lambda: queue.arrived_late(self._pool, account.row.id, counted, until_us)
+        )
+
+    async def _tell_breaker(self, account: "_Account", detail: str) -> None:
+        """Writes that this replica's breaker opened or closed, for whoever asks why work waits."""
+        told, account.told = account.told, account.breaker()
+        if told == account.told:
+            return
+        self.counts["breaker_opened"] += told[0] == 0
+        missed, seconds = account.told
+        where = (self._pool, self._standing.replica_id, account.row.id)
+        try:
+            if missed:
+                await explain.open_breaker(*where, missed, detail, seconds)
+            else:
+                await explain.close_breaker(*where)
+        except database.AWAY:
+            account.told = told
 
     def _credentials(self, row: queue.AccountRow) -> mitto.Account:
         default = self._settings.mitto_api_key
@@ -278,19 +386,24 @@ class Sender:
         """Writes what came of a POST, however long that takes: once Mitto has it, it must not be forgotten."""
         faults.point("settle.writing")
         if result.outcome is Outcome.ACCEPTED:
-            became = await self._settle_items(grant, intent, result, bound)
+            settle = partial(self._settle_items, account, credentials, grant, intent, result, bound)
+            self._memory.settling(grant, settle, sent=True)
+            became = await settle()
         else:
+            self._memory.settling(
+                grant,
+                lambda: self._settle_whole(account, grant, intent, result),
+                sent=result.outcome is Outcome.UNKNOWN,
+            )
             await database.until_written(
                 lambda: self._act_on(account, credentials, grant, intent, result)
             )
             became = await database.until_written(
                 lambda: self._settle_whole(account, grant, intent, result)
             )
+        states = [item.state for item in result.items] if became == "done" else []
+        metrics.batch_settled(str(result.outcome), became, len(intent.ids), states)
         faults.point("settle.written")
-        if account.arrived_late(result):
-            await database.until_written(
-                lambda: queue.arrived_late(self._pool, account.row.id, grant)
-            )
         bound.info(
             "batch.settled", n=len(intent.ids), outcome=str(result.outcome), became=became,
             status=result.status, detail=result.detail or None,
@@ -298,14 +411,21 @@ class Sender:
 
     async def _settle_items(
         self,
+        account: "_Account",
+        credentials: mitto.Account,
         grant: queue.Grant,
         intent: queue.Intent,
         result: mitto.Result,
         bound: structlog.stdlib.BoundLogger,
     ) -> str:
+        settle = queue.settle_items
+        if self._order_holds is not None:
+            known = account.row.capabilities.get("orderKept")
+            if not await self._order_holds(credentials, known, intent.phones, result.items):
+                settle = evidence.settle_unmapped
         try:
             written = await database.until_written(
-                lambda: queue.settle_items(
+                lambda: settle(
                     self._pool,
                     grant.batch_id,
                     intent.attempt,
@@ -314,7 +434,7 @@ class Sender:
                     result.status,
                 )
             )
-        except asyncpg.PostgresError:
+        except (asyncpg.PostgresError, ValueError):
             # An answer that cannot be written as it is must still not be lost: its receipts can speak for it.
             bound.exception("answer.not_written")
             return await database.until_written(
@@ -341,7 +461,7 @@ class Sender:
         match result.outcome:
             case Outcome.THROTTLED:
                 seconds = account.throttle_seconds(result)
-                await queue.block_account(self._pool, account_id, seconds)
+                await queue.throttle_account(self._pool, account_id, seconds, grant.slot_us)
             case Outcome.ACCOUNT_BROKEN:
                 await self._pause(credentials, "UNAUTHORIZED", detail)
             case Outcome.MISDIRECTED:
@@ -394,6 +514,37 @@ class Sender:
         )
 
 
+class _Missed(mitto.Withdrawn):
+    """This process was too slow for the slot."""
+
+
+class _Place:
+    """Where a request stands in the limiter's window: at its slot, or later as long as nobody knows that it arrived."""
+
+    def __init__(self, claimed: queue.Grant) -> None:
+        self.claimed = self.grant = claimed
+        self._moved: asyncio.Task[queue.Grant] | None = None
+
+    def keep(self, pool: Pool, account_id: int) -> None:
+        """It may still be under way: counted as if it left now."""
+        if self._moved is None or self._moved.done():
+            self._moved = asyncio.create_task(self._move(pool, account_id, self._now()))
+
+    async def _move(self, pool: Pool, account_id: int, counted: queue.Grant) -> queue.Grant:
+        try:
+            until_us = await queue.arrived_late(pool, account_id, counted)
+        except database.AWAY:
+            return counted
+        return counted._replace(slot_us=until_us)
+
+    def _now(self) -> queue.Grant:
+        return self._moved.result() if self._moved is not None else self.grant
+
+    async def counted(self) -> queue.Grant:
+        """The grant with the time at which it is counted."""
+        return await self._moved if self._moved is not None else self.grant
+
+
 class _Account:
     """What one replica knows of a traffic account: what is in flight, how long answers take, whether it is there."""
 
@@ -407,35 +558,49 @@ class _Account:
         self._places: dict[queue.Grant, float] = {}
         self._messages = 0
         self._seconds = Recent(0.05)
-        self._fastest = math.inf
+        self._took = Recent(math.inf)
         self._missed = 0
+        self.told = (0, 0.0)
         self._open_until = 0.0
         self._halved_at = -math.inf
         self._throttled = 0
 
     def room(self) -> tuple[int, bool]:
         """(how many batches to claim, whether only of the priority class)."""
-        if mitto.clock() < self._open_until:
+        if self.is_closed():
             return 0, False
         if self._missed >= BREAKER_AFTER:
             return (0, False) if self._places else (1, False)  # one batch probes
         needed = math.ceil(self.row.requests_per_second * self._seconds.percentile(0.95)) + 1
         places = min(max(self._least, needed), REPLICA_IN_FLIGHT // 2, int(self._window))
-        if self.row.max_in_flight is not None:
-            places = min(places, self.row.max_in_flight)
+        with_priority = places + PRIORITY_PLACES
+        if (most := self.row.max_in_flight) is not None:  # one of several is kept
+            with_priority = min(with_priority, most)
+            places = min(places, most - (most > 1))
         # Written slower than sent: wait for Postgres rather than pile up answers.
         if len(self.sending) >= 3 * places:
             return 0, False
         free = places - len(self._places)
         if free > 0 and self._messages < MESSAGES_IN_FLIGHT:
             return min(free, 8), False
-        spare = free + PRIORITY_PLACES if self.row.max_in_flight is None else 0
-        return max(0, spare), True
+        return max(0, with_priority - len(self._places)), True
+
+    def is_closed(self) -> bool:
+        """Whether nothing may leave: Mitto asked to wait, or is not there."""
+        return mitto.clock() < self._open_until
 
     def closed_seconds(self) -> float:
         """How long to wait for a place, at most."""
         closed = self._open_until - mitto.clock()
         return min(closed, SLOW_LOOK_SECONDS) if closed > 0 else SLOW_LOOK_SECONDS
+
+    def made_slot(self) -> None:
+        """This process keeps pace: more at once, whether or not Mitto has answered yet."""
+        self._grow()
+        self.news.set()
+
+    def _grow(self) -> None:
+        self._window = min(self._window + 1.0, REPLICA_IN_FLIGHT / 2)
 
     def missed_slot(self, grant: queue.Grant) -> None:
         """This process was too slow for a slot: fewer at once from now on (as TCP does when a packet is lost, and like
@@ -460,7 +625,7 @@ class _Account:
         claimed_at = self._places.pop(grant)
         self.news.set()
         # Then it was on its way by that time and tells nothing new: a wait grows by what comes after it.
-        closed_already = mitto.clock() < self._open_until
+        closed_already = self.is_closed()
         if result.outcome is Outcome.NEVER_LEFT:
             # A kept connection that the other side closed says nothing.
             if not closed_already and "gone stale" not in result.detail:
@@ -475,14 +640,20 @@ class _Account:
         else:
             self._throttled = 0
         self._seconds.add(mitto.clock() - claimed_at)
-        self._window = min(self._window + 1.0, REPLICA_IN_FLIGHT / 2)
+        self._grow()
 
     def _missed_provider(self, result: mitto.Result) -> None:
         self._missed += 1
         if self._missed >= BREAKER_AFTER:
-            wait = _doubled(1.0, self._missed - BREAKER_AFTER, BREAKER_SECONDS_MOST)
+            wait = _breaker_seconds(self._missed)
             self._open_until = mitto.clock() + wait
             log.warning("breaker.opened", account=self.row.id, seconds=wait, detail=result.detail)
+
+    def breaker(self) -> tuple[int, float]:
+        """(answers missed in a row, for how many seconds nothing leaves after the last); zeros while it is closed."""
+        if self._missed < BREAKER_AFTER:
+            return 0, 0.0
+        return self._missed, _breaker_seconds(self._missed)
 
     def throttle_seconds(self, result: mitto.Result) -> float:
         """How long to wait: as Mitto says, or a second, doubled while it goes on."""
@@ -490,13 +661,22 @@ class _Account:
             return result.retry_after_seconds
         return _doubled(THROTTLE_SECONDS, max(0, self._throttled - 1), THROTTLE_SECONDS_MOST)
 
-    def arrived_late(self, result: mitto.Result) -> bool:
-        """Whether the answer took so much longer than the fastest that the request may have arrived late."""
-        if result.left_at is None or result.answered_at is None:
-            return result.left_at is not None
-        took = result.answered_at - result.left_at
-        self._fastest = min(self._fastest, took)
-        return took - self._fastest > queue.GUARD_US / 2e6
+    def arrived_by(self, result: mitto.Result) -> float | None:
+        """The `mitto.clock` by which a request had arrived, at the latest; None: nothing left. Where answers come at
+        once, or take always the same, one that came later may have been read later than it had arrived in the kernel;
+        a provider that thinks, now longer and now shorter, tells nothing by that."""
+        if result.left_at is None:
+            return None
+        if result.answered_at is None:
+            return result.arrived_by or mitto.clock()
+        self._took.add(result.answered_at - result.left_at)
+        fastest = self._took.percentile(0)
+        by_answer = result.answered_at - fastest
+        if result.arrived_by is None:
+            return by_answer
+        thinks = fastest > queue.GUARD_US / 1e6
+        steady = self._took.percentile(0.5) - fastest <= queue.GUARD_US / 2e6
+        return max(result.arrived_by, by_answer) if steady or not thinks else result.arrived_by
 
     def release(self, grant: queue.Grant) -> None:
         """The batch is settled or given back."""
@@ -505,19 +685,11 @@ class _Account:
         self.news.set()
 
 
+def _breaker_seconds(missed: int) -> float:
+    return _doubled(1.0, missed - BREAKER_AFTER, BREAKER_SECONDS_MOST)
+
+
 def _doubled(seconds: float, times: int, most: float) -> float:
     return min(
         most, seconds * 2.0 ** min(times, 10)
     )  # a float ends at 2 ** 1024, an outage does not
-
-
-async def _first_of(seconds: float, *events: asyncio.Event) -> None:
-    """Waits for the first of: one of the events, the time."""
-    if seconds <= 0 or any(event.is_set() for event in events):
-        return
-    waits = [asyncio.ensure_future(event.wait()) for event in events]
-    try:
-        await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for wait in waits:
-            wait.cancel()

@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 import sys
+import traceback
 from typing import Any
 
 import orjson
@@ -28,6 +29,11 @@ _HIDDEN = frozenset(
     }
 )
 _PRIVATE = frozenset({"email", "phone", "phones", "text", "texts", "to", "values"})
+
+
+def stack_of(error: BaseException) -> str:
+    """Where an error came from, without its words: those of Postgres quote rows, that is numbers and texts."""
+    return "".join(traceback.format_tb(error.__traceback__))
 
 
 def redact(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:

@@ -15,6 +15,7 @@ import asyncpg
 
 from smsd import database
 from smsd.database import Connection, Executor
+from smsd.model import SEGMENTS_MOST
 
 SQL = database.queries("tenants")
 
@@ -29,6 +30,16 @@ class Taken(Exception):  # noqa: N818 - reads as what it says
     def __init__(self, column: str) -> None:
         super().__init__(f"another traffic account has this {column}")
         self.field = column
+
+
+class TooLow(Exception):  # noqa: N818 - likewise
+    """A limit in segments that a message of the longest text would never fit."""
+
+    def __init__(self, messages_per_second: int) -> None:
+        super().__init__(
+            f"{messages_per_second} segments a second are less than one message can have"
+        )
+        self.messages_per_second = messages_per_second
 
 
 class NoSuchAccount(Exception):  # noqa: N818 - likewise
@@ -53,9 +64,12 @@ class TrafficAccount:
     webhook_secret: str | None = field(repr=False)
     server_error_means: str
     largest_request: int
+    limit_unit: str
+    ceiling: int | None
     blocked_until: datetime | None
     paused_reason: str | None
     paused_detail: str | None
+    capabilities: dict[str, Any]
     created_at: datetime
     updated_at: datetime
 
@@ -107,13 +121,15 @@ async def create_account(
     max_in_flight: int | None,
     webhook_secret: str | None,
     server_error_means: str,
+    limit_unit: str = "messages",
 ) -> TrafficAccount:
-    """A new account, its limiter open. Raises Taken."""
+    """A new account, its limiter open. Raises Taken, TooLow."""
+    _check_unit(limit_unit, messages_per_second)
     try:
         row = await db.fetchrow(
             SQL["insert_account"],
             name, provider_id, api_key, requests_per_second, messages_per_second, max_in_flight,
-            webhook_secret, server_error_means,
+            webhook_secret, server_error_means, limit_unit,
         )  # fmt: skip
     except asyncpg.UniqueViolationError as error:
         raise _taken(error) from None
@@ -140,18 +156,21 @@ async def change_account(
     db: Connection, account_id: int, changes: Mapping[str, Any], paused: bool | None = None
 ) -> TrafficAccount | None:
     """Sets fields by their names here. A new API key, or paused=False, lifts whatever stopped the account. None: no
-    such account. Raises Taken. Dispatchers of all replicas look again once this commits."""
+    such account. Raises Taken, TooLow. Dispatchers of all replicas look again once this commits."""
     await db.execute(SQL["lock_account"], account_id)
     before = await get_account(db, account_id)
     if before is None:
         return None
     account = replace(before, **changes)
+    _check_unit(account.limit_unit, account.messages_per_second)
+    if account.limit_unit == "segments" != before.limit_unit:
+        _check_unit("segments", await db.fetchval(SQL["lowest_tenant_limit"], account_id))
     try:
         await db.execute(
             SQL["update_account"],
             account_id, account.name, account.provider_id, account.api_key, account.requests_per_second,
             account.messages_per_second, account.max_in_flight, account.webhook_secret,
-            account.server_error_means,
+            account.server_error_means, account.limit_unit,
         )  # fmt: skip
     except asyncpg.UniqueViolationError as error:
         raise _taken(error) from None
@@ -161,6 +180,17 @@ async def change_account(
         await db.execute(SQL["resume_account"], account_id)
     await db.execute(SQL["wake_account"], account_id)
     return await get_account(db, account_id)
+
+
+async def learn(db: Executor, account_id: int, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Keeps what a probe found out about an account; what it did not find out stays. All that is known then."""
+    known = await db.fetchval(SQL["learn_capabilities"], account_id, found)
+    return dict(known or {})
+
+
+def _check_unit(unit: str, messages_per_second: int | None) -> None:
+    if unit == "segments" and messages_per_second and messages_per_second < SEGMENTS_MOST:
+        raise TooLow(messages_per_second)
 
 
 def _taken(error: asyncpg.UniqueViolationError) -> Taken:
@@ -186,7 +216,8 @@ async def create_tenant(
     timezone: str,
     default_country: str,
 ) -> Tenant:
-    """A new tenant with its money, its priority lane and open limiters. Raises NoSuchAccount."""
+    """A new tenant with its money, its priority lane and open limiters. Raises NoSuchAccount, TooLow."""
+    _check_unit(await _unit_of(db, account_id), messages_per_second)
     try:
         row = await db.fetchrow(
             SQL["insert_tenant"],
@@ -222,7 +253,7 @@ async def change_tenant(
     db: Connection, tenant_id: int, changes: Mapping[str, Any]
 ) -> Tenant | None:
     """Sets fields by their names here. Inactive pauses what is sending, active again resumes just that. None: no such
-    tenant. Raises NoSuchAccount, and AccountInUse for a new account while something is on its way."""
+    tenant. Raises NoSuchAccount, TooLow, and AccountInUse for a new account while something is on its way."""
     await db.execute(SQL["lock_tenant"], tenant_id)
     if "subscription" in changes:
         await db.execute(SQL["lock_campaigns"], tenant_id)
@@ -233,6 +264,7 @@ async def change_tenant(
     tenant = replace(before, **changes)
     if tenant.account_id != before.account_id:
         await _move(db, tenant)
+    _check_unit(await _unit_of(db, tenant.account_id), tenant.messages_per_second)
     await db.execute(
         SQL["update_tenant"],
         tenant_id, tenant.name, tenant.account_id, tenant.sender, tenant.requests_per_second,
@@ -245,6 +277,13 @@ async def change_tenant(
         await db.execute(SQL["resume_campaigns"], tenant_id)
     await db.execute(SQL["wake_account"], tenant.account_id)
     return await get_tenant(db, tenant_id)
+
+
+async def _unit_of(db: Connection, account_id: int) -> str:
+    account = await get_account(db, account_id)
+    if account is None:
+        raise NoSuchAccount
+    return account.limit_unit
 
 
 async def _move(db: Connection, tenant: Tenant) -> None:

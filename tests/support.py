@@ -16,7 +16,7 @@ from smsd import audit, config, credits, database, mitto, queue, tenants
 from smsd.housekeeping import Housekeeping
 from smsd.sender import Sender
 
-GUARD_US = 35_000
+GUARD_US = 30_000
 SECOND_US = 1_000_000
 
 

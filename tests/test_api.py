@@ -383,6 +383,31 @@ async def test_a_surprise_is_logged_without_its_words_and_answered_with_503(
     assert PHONE not in str(lines)
 
 
+async def test_who_waits_for_a_connection_that_nobody_gives_back_hears_of_it_in_bounded_time(
+    api: Api, tenant: TenantCaller
+) -> None:
+    """As when Postgres has become a black hole: every connection hangs in somebody's statement."""
+    pool = api.ctx.pool
+    async with contextlib.AsyncExitStack() as hanging:
+        for _ in range(pool.get_max_size()):
+            await hanging.enter_async_context(pool.acquire())
+        draft = {"name": "Sale", "messageText": "Hi"}
+        async with asyncio.timeout(endpoint.ACQUIRE_SECONDS + 5):
+            replies = await asyncio.gather(
+                tenant.get("/api/credits"),
+                tenant.post("/api/campaigns", draft),
+                api.admin.get(TENANTS),
+                api.admin.post(TENANTS, {"name": "Shop", "accountId": tenant.account_id}),
+                api.public.post("/webhooks/mitto/dlr", []),
+                *(tenant.get("/api/campaigns") for _ in range(20)),
+            )
+    assert {reply.status for reply in replies} == {503}
+    assert {reply.body["code"] for reply in replies} == {"QUEUE_UNAVAILABLE"}
+    assert all(int(reply.headers["Retry-After"]) > 0 for reply in replies)
+    assert (await tenant.post("/api/campaigns", draft)).status == 201
+    assert (await tenant.get("/api/credits")).status == 200
+
+
 async def test_a_lock_held_for_too_long_is_answered_with_503_to_be_tried_again(api: Api) -> None:
     async def handler(req: Request) -> None:
         await req.db.execute("set local lock_timeout = '10ms'")

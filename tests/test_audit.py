@@ -142,6 +142,7 @@ async def test_nothing_is_broken_at_any_moment_of_a_campaign_at_work(
 ONE = "(select min(id) from message where state = 10 and campaign_id = {sent})"
 TWO = "(select max(id) from message where state = 10 and campaign_id = {sent})"
 AN_HOUR_AGO = "clock_timestamp() - interval '1 hour'"
+RETENTION = "set local smsd.retention = 'on';"
 
 BREAKS: dict[str, list[tuple[str, str]]] = {
     # how the audit's example begins: what was done by hand
@@ -168,6 +169,15 @@ BREAKS: dict[str, list[tuple[str, str]]] = {
         ("batch ", "update batch set segments = segments + 1 where state = 12"),
         ("batch ", "delete from message where campaign_id = 0"),
         (
+            "campaign 77 does not exist, and has messages",
+            "insert into message (campaign_id, id, state) values (77, 7777777, 50)",
+        ),
+        (
+            "campaign 77 does not exist, and has batches",
+            ("insert into batch (campaign_id, lane_id, tenant_id, account_id, first_id, last_id, n, segments, state,"
+             " sender) values (77, 1, 1, 1, 7777777, 7777777, 0, 0, 10, 'S')"),
+        ),
+        (
             "campaign ",
             (f"update campaign set status = 'sending', updated_at = {AN_HOUR_AGO} where status = 'cancelled';"
             f" update batch set done_at = {AN_HOUR_AGO} where done_at is not null"),
@@ -185,8 +195,25 @@ BREAKS: dict[str, list[tuple[str, str]]] = {
         ("tenant ", "update credit set granted = granted + 1"),
         ("tenant ", "update credit set spent = spent - 1 where spent > 0"),
         ("tenant ", "update credit set reserved = reserved - 1"),
-        ("tenant ", "delete from ledger where kind = 'spend'"),
-        ("tenant ", "update ledger set amount = amount + 1 where kind = 'hold'"),
+        ("tenant ", f"{RETENTION} delete from ledger where kind = 'spend'"),
+        ("tenant ", f"{RETENTION} update ledger set amount = amount + 1 where kind = 'hold'"),
+        ("tenant ", "delete from credit"),
+        (
+            "tenant 77",
+            ("insert into ledger (tenant_id, kind, amount, reason, balance_after, reserved_after)"
+             " values (77, 'grant', 5, 'x', 5, 0)"),
+        ),
+        ("tenant ", "update credit set overdue = overdue + 1"),
+        (
+            "tenant ",
+            (f"{RETENTION} update ledger l set campaign_id = (select max(id) from campaign c where"
+             " c.tenant_id = l.tenant_id) where reason = 'enqueue'"),
+        ),
+        (
+            "ledger entry ",
+            (f"{RETENTION} update ledger set batch_id = (select min(id) from batch where campaign_id = 0)"
+             " where kind = 'spend'"),
+        ),
         ("tenant ", "update expansion set held = held + 1 where state = 'running'"),
     ],
     "orphans": [
@@ -236,3 +263,38 @@ async def test_what_will_be_seen_to_in_a_moment_is_not_broken(filled: Filled) ->
         ),
     ):
         assert await filled.broken_by(statement) == {}, statement
+
+
+async def test_a_batch_that_is_gone_is_missed_by_its_messages(filled: Filled) -> None:
+    for state in (MessageState.ACCEPTED, MessageState.REFUSED, MessageState.UNKNOWN):
+        found = await filled.broken_by(
+            "delete from batch b using message m where m.campaign_id = b.campaign_id"
+            f" and m.id between b.first_id and b.last_id and m.state = {int(state)}"
+        )
+        assert "has no batch" in str(found["lost"]), state
+
+
+async def test_a_campaign_sends_with_nothing_to_do_once_neither_it_nor_a_batch_has_moved_lately(
+    filled: Filled,
+) -> None:
+    moved = (
+        "update campaign set status = 'sending', updated_at = clock_timestamp() - interval '{}'"
+        " where status = 'cancelled';"
+        " update batch set done_at = clock_timestamp() - interval '{}' where done_at is not null"
+    )
+    for campaign_moved, batch_moved in (("50 s", "1 hour"), ("1 hour", "50 s")):
+        assert await filled.broken_by(moved.format(campaign_moved, batch_moved)) == {}
+    found = await filled.broken_by(moved.format("70 s", "70 s"))
+    assert "sends with nothing to do" in str(found["lost"])
+
+
+async def test_a_replica_whose_heart_has_moved_since_somebody_looked_is_not_buried(
+    pool: database.Pool,
+) -> None:
+    replica_id = await queue.register(pool, "slow", "0")
+    seen = (await queue.beats(pool))[replica_id]
+    assert await queue.beat(pool, replica_id)
+    assert not await queue.bury(pool, replica_id, seen)
+    assert await queue.beat(pool, replica_id)
+    assert await queue.bury(pool, replica_id, seen + 2)
+    assert not await queue.beat(pool, replica_id)

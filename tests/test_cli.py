@@ -20,7 +20,7 @@ from system.harness import SMSD, Installation
 from smsd import __version__
 from smsd.simulator import Simulator
 
-COMMANDS = ("serve", "migrate", "audit", "simulator", "demo", "version")
+COMMANDS = ("serve", "migrate", "audit", "certificate", "probe", "simulator", "demo", "version")
 CHECKS = ("once", "lost", "totals", "money", "orphans", "leases")
 
 

@@ -2,6 +2,9 @@
 
 import asyncio
 import re
+import socket
+from pathlib import Path
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import asyncpg
 import pytest
@@ -151,3 +154,76 @@ async def test_what_must_be_written_is_tried_until_postgres_answers(pool: Pool) 
 
     assert await database.until_written(write, pause_seconds=0.01) == 1
     assert await pool.fetchval("select last_value from batch_pair") == 3
+
+
+async def test_a_value_that_no_postgres_takes_is_not_written_for_ever(pool: Pool) -> None:
+    async with asyncio.timeout(5):
+        with pytest.raises(asyncpg.DataError):
+            await database.until_written(lambda: pool.fetchval("select $1::int", "one"))
+
+
+# Hosts
+
+
+@pytest.mark.parametrize(
+    ("dsn", "hosts"),
+    [
+        ("postgresql://u:p@one/db", ["postgresql://u:p@one/db"]),
+        ("postgresql:///db?host=/run", ["postgresql:///db?host=/run"]),
+        (
+            "postgresql://u:p@one:5,two/db?sslmode=disable",
+            [
+                "postgresql://u:p@one:5/db?sslmode=disable",
+                "postgresql://u:p@two/db?sslmode=disable",
+            ],
+        ),
+        (
+            "postgresql://u@/db?host=/a,/b&port=5,6",
+            ["postgresql://u@/db?host=%2Fa&port=5", "postgresql://u@/db?host=%2Fb&port=6"],
+        ),
+        (
+            "postgresql://u@/db?host=/a,/b&port=7",
+            ["postgresql://u@/db?host=%2Fa&port=7", "postgresql://u@/db?host=%2Fb&port=7"],
+        ),
+    ],
+)
+def test_a_url_names_its_hosts(dsn: str, hosts: list[str]) -> None:
+    assert database.hosts_of(dsn) == hosts
+
+
+async def test_a_host_that_says_nothing_takes_no_time_from_the_one_behind_it(
+    dsn: str, tmp_path: Path
+) -> None:
+    """A machine that is gone drops what is sent to it; here it is one that listens and never answers."""
+    given = urlsplit(dsn)
+    query = dict(parse_qsl(given.query))
+    if "host" not in query:
+        pytest.skip("SMSD_TEST_DATABASE_URL is not on a Unix socket")
+    silent = socket.socket(socket.AF_UNIX)
+    silent.bind(str(tmp_path / ".s.PGSQL.5432"))
+    silent.listen()
+    hosts = urlencode({**query, "host": f"{tmp_path},{query['host']}", "port": "5432,5432"})
+    pool = await database.open_pool(urlunsplit(given._replace(query=hosts)), 2)
+    async with asyncio.timeout(4.5):
+        assert await pool.fetchval("select 1") == 1
+    async with asyncio.timeout(1.5), pool.acquire() as first, pool.acquire() as second:
+        assert await second.fetchval("select 1") == await first.fetchval("select 1") == 1
+    await pool.close()
+    silent.close()
+
+
+async def test_a_server_that_takes_no_writes_any_more_is_left(dsn: str) -> None:
+    pool = await database.open_pool(dsn, 1)
+    demoted = await pool.fetchval("select pg_backend_pid()")
+    await pool.execute("set default_transaction_read_only = on")
+    with pytest.raises(database.AWAY):
+        await pool.execute("insert into signing_key (key) values ('')")
+    assert await pool.fetchval("select pg_backend_pid()") != demoted
+    await pool.execute("insert into signing_key (key) values ('')")
+    await pool.close()
+
+
+async def test_a_url_that_asks_for_nonsense_is_refused_and_not_waited_for(dsn: str) -> None:
+    nonsense = dsn.replace("sslmode=disable", "sslmode=nonsense")
+    with pytest.raises(database.UNUSABLE_DSN, match="sslmode"):
+        await database.wait_for(nonsense, lambda _error: None)

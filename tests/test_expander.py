@@ -6,10 +6,12 @@ from contextlib import suppress
 from datetime import date
 from typing import Any
 
+import asyncpg
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from shop import ACCEPTED, Shop, check_the_account
+from shop import ACCEPTED, Shop, check_the_account, until_somebody_waits
+from structlog.testing import capture_logs
 from support import assert_sound, new_account, open_shop
 
 from smsd import campaigns, contacts, credits, database, mitto, queue, text
@@ -248,6 +250,105 @@ async def test_the_loop_expands_what_is_enqueued_and_wakes_its_lane(shop: Shop, 
     with suppress(asyncio.CancelledError):
         await loop
     await listener.close()
+
+
+# ------------------------------------------------------------------------------------------- poison
+
+
+async def test_an_audience_that_cannot_be_read_pauses_its_campaign_and_stands_in_nobody_s_way(
+    pool: database.Pool, account: int, shop: Shop
+) -> None:
+    """An attribute column that is no object: nobody writes such a row, so nobody reads one."""
+    other = await open_shop(pool, account, shop.replica_id, granted=1_000)
+    await add_contacts(shop, 20)
+    await add_contacts(other, 20)
+    await pool.execute(
+        "update contact set attributes = '[1]' where tenant_id = $1 and id % 7 = 0", shop.id
+    )
+    broken, sound = await begin(shop, "Hi {{x|y}}", 20), await begin(other, "Hi", 20)
+    expander = expander_of(shop)
+    loop = asyncio.create_task(expander.run())
+    async with asyncio.timeout(10):
+        while await shop.status(broken) != "paused" or not (await other.progress(sound)).expanded:
+            await asyncio.sleep(0.01)
+    campaign = (await shop.progress(broken)).campaign
+    assert campaign.paused_reason == "EXPANSION_FAILED"
+    assert str(campaign.paused_detail).startswith("AssertionError at the recipients after 0")
+    await check_the_account_of(other, sound)
+    async with pool.acquire() as connection, connection.transaction():
+        await credits.grant(connection, shop.id, 5, "that is not what it waits for")
+    assert (await shop.progress(broken)).campaign.status == "paused"
+    await pool.execute("update contact set attributes = '{}' where tenant_id = $1", shop.id)
+    await shop.act(broken, campaigns.resume)
+    expander.wake()
+    async with asyncio.timeout(10):
+        while not (await shop.progress(broken)).expanded:
+            await asyncio.sleep(0.01)
+    assert await check_the_account_of(shop, broken) == 20
+    assert not loop.done()
+    loop.cancel()
+    with suppress(asyncio.CancelledError):
+        await loop
+
+
+async def test_what_breaks_the_look_for_work_does_not_end_the_loop(
+    pool: database.Pool, shop: Shop
+) -> None:
+    await add_contacts(shop, 3)
+    campaign_id = await begin(shop, "Hi", 3)
+    await pool.execute("alter table expansion rename column served_at to gone")
+    expander = expander_of(shop)
+    loop = asyncio.create_task(expander.run())
+    with capture_logs() as lines:
+        async with asyncio.timeout(5):
+            while not any(line["event"] == "expansion.failed" for line in lines):
+                await asyncio.sleep(0.01)
+    await pool.execute("alter table expansion rename column gone to served_at")
+    expander.wake()
+    async with asyncio.timeout(10):
+        while not (await shop.progress(campaign_id)).expanded:
+            await asyncio.sleep(0.01)
+    loop.cancel()
+    with suppress(asyncio.CancelledError):
+        await loop
+
+
+# ------------------------------------------------------------------------------------------- ids
+
+
+async def test_whoever_is_cancelled_while_it_takes_ids_holds_nobody_up(
+    pool: database.Pool, dsn: str, connection: database.Connection
+) -> None:
+    """Cancelled between the lock and the sequence, where it waits for who holds that."""
+    taking = await database.connect(dsn)
+    async with connection.transaction():
+        await connection.execute("alter sequence message_id cache 1")
+        task = asyncio.create_task(taking.fetchval("select take_message_ids(10)"))
+        await until_somebody_waits(pool)
+        await connection.execute("select pg_cancel_backend($1)", taking.get_server_pid())
+        with pytest.raises(asyncpg.QueryCanceledError):
+            await task
+    async with asyncio.timeout(5):
+        first = await pool.fetchval("select take_message_ids(10)")
+    assert await taking.fetchval("select take_message_ids(1)") == first + 10
+    await taking.close()
+
+
+async def test_blocks_of_ids_taken_at_once_have_no_gaps_and_do_not_overlap(
+    pool: database.Pool,
+) -> None:
+    taking = "select array_agg(take_message_ids(3)) from generate_series(1, 1000)"
+    taken = await asyncio.gather(*(pool.fetchval(taking) for _ in range(4)))
+    blocks = sorted(first for firsts in taken for first in firsts)
+    assert blocks == list(range(blocks[0], blocks[0] + 3 * 4_000, 3))
+
+
+async def test_ids_are_taken_without_waiting_for_who_took_some_and_did_not_commit_yet(
+    pool: database.Pool, connection: database.Connection
+) -> None:
+    async with connection.transaction(), asyncio.timeout(5):
+        first = await connection.fetchval("select take_message_ids(5)")
+        assert await pool.fetchval("select take_message_ids(5)") == first + 5
 
 
 # ------------------------------------------------------------------------------------------- credits

@@ -251,11 +251,12 @@ async def test_a_chunk_beyond_the_credits_is_not_written_and_pauses_until_a_top_
     campaign_id = await poor.begin(10, held=10)
     expansion = await claim(poor)
     one = chunk(10, range(100, 110), segments=3, last=True)
-    with pytest.raises(OutOfCredits):
+    with pytest.raises(OutOfCredits, match="10 messages needs 30 credits") as short:
         await expansions.commit(pool, expansion, one, poor.replica_id)
+    assert short.value.available == 0
     assert await credits.balance(pool, poor.id) == (10, 10)
     await expansions.let_go(pool, expansion, poor.replica_id)
-    await expansions.pause_for_credits(pool, expansion, "a chunk of 10 messages needs 30")
+    await expansions.pause_for_credits(pool, expansion, short.value)
     campaign = (await poor.progress(campaign_id)).campaign
     assert (campaign.status, campaign.paused_reason) == ("paused", "INSUFFICIENT_CREDITS")
     assert await expansions.claim(pool, poor.replica_id) is None

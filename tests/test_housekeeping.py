@@ -343,3 +343,18 @@ async def test_what_nobody_needs_any_more_is_dropped_and_what_may_be_needed_is_n
     async with at_work(watcher(pool, 30).keep()):
         await until(lambda: pool.fetchval("select count(*) = 1 from idempotency"))
     assert await pool.fetchval("select key from idempotency") == "23"
+
+
+async def test_a_look_that_fails_keeps_nobody_else_from_looking(
+    pool: database.Pool, shop: Shop
+) -> None:
+    await shop.sending(1)
+    await pool.execute("alter function finish_campaigns() rename to finish_nothing")
+    ((grant, intent),) = await shop.post()
+    await shop.receive(**{f"M{shop.provider_ids + 1}": 30})
+    await shop.answer(grant, intent, ACCEPTED)
+    with capture_logs() as logs:
+        async with at_work(watcher(pool, 30).keep()):
+            await until(lambda: pool.fetchval("select state = 30 from message"))
+    broken = next(line for line in logs if line["event"] == "housekeeping.broken")
+    assert (broken["look"], broken["error"]) == ("finish_campaigns", "UndefinedFunctionError")

@@ -345,6 +345,24 @@ async def test_the_loop_outlives_the_loss_of_its_connections(
     assert (job.status, job.created, job.updated) == ("completed", n, 0)
 
 
+async def test_a_job_that_nobody_can_read_fails_with_a_word_and_others_go_on(
+    pool: Pool, tenant_id: int
+) -> None:
+    """Column names that are no list: nobody writes such a job, so nobody reads one."""
+    poison = await uploaded(pool, tenant_id, HEADER + lines(3))
+    await pool.execute("update import_job set header = '{\"names\": 5}'")
+    sound = await uploaded(pool, tenant_id, HEADER + lines(3))
+    replica_id = await replica(pool)
+    async with running(Importer(pool, lambda: replica_id)):
+        assert (await finished(pool, tenant_id, sound)).status == "completed"
+        failed = await finished(pool, tenant_id, poison)
+    assert failed.status == "failed"
+    assert [error["message"] for error in failed.errors] == [
+        "the file cannot be read on from here (TypeError); the log has more"
+    ]
+    assert await pool.fetchval("select count(*) from import_piece") == 0
+
+
 async def test_the_loop_waits_for_a_registration_and_hears_of_uploads(
     pool: Pool, tenant_id: int
 ) -> None:

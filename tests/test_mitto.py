@@ -988,6 +988,7 @@ async def test_a_message_is_fetched_by_its_id() -> None:
         status=200,
         date_skew_seconds=fetched.date_skew_seconds,
         provider_id="01JABC",
+        traffic_account_id="TA-77",
         word="Delivered",
         state=MessageState.DELIVERED,
         destination=306900000001,

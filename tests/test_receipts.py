@@ -5,20 +5,26 @@ import random
 import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from itertools import permutations, product
+from pathlib import Path
+from typing import Any
 
+import orjson
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from shop import ACCEPTED, REFUSED, Shop, check_the_account, until_somebody_waits
+from structlog.testing import capture_logs
 from support import assert_sound, new_account, open_shop
+from system.harness import Installation
 
-from smsd import database, queue
+from smsd import campaigns, database, queue, receipts
 from smsd.mitto import ItemResult
 from smsd.model import MessageState
-from smsd.queue import ReceiptRow
-from smsd.receipts import WAITING_MOST, Full, Inbox
+from smsd.queue import RawReceipt, ReceiptRow
+from smsd.receipts import NO_MESSAGE, REPLAYED_AT_ONCE, WAITING_MOST, Full, Inbox, Replay
+from smsd.simulator import Simulator
 
 ENROUTE, FAILED, DELIVERED = 11, 20, 30
 AT = datetime(2026, 5, 1, 12, 0, tzinfo=UTC)
@@ -208,6 +214,75 @@ async def test_what_mitto_refused_is_not_changed_by_a_receipt(
     assert [row["state"] for row in rows] == [ENROUTE, 40]
 
 
+@pytest.mark.parametrize("place", [0, 1])
+async def test_of_receipts_for_one_message_by_two_webhooks_in_one_call_the_furthest_counts(
+    pool: database.Pool, account: int, shop: Shop, place: int
+) -> None:
+    """One that names the account and one that names nobody are about the same message."""
+    ids = await accepted(shop, 20)
+    both = [(FAILED, None), (DELIVERED, account)]
+    if place:
+        both = [(DELIVERED, None), (FAILED, account)]
+    rows = [receipt(one, state, whose) for one in ids for state, whose in both]
+    random.Random(place).shuffle(rows)
+    assert await queue.apply_receipts(pool, rows) == (20, 0)
+    assert await states(pool, ids) == [DELIVERED] * 20
+    assert await pool.fetchval("select sum(delivered) from campaign_counter") == 20
+
+
+@pytest.mark.parametrize("place", [0, 1])
+async def test_of_two_that_say_the_same_the_earlier_time_is_kept(
+    pool: database.Pool, account: int, shop: Shop, place: int
+) -> None:
+    ids = await accepted(shop, 10)
+    whose = [(AT, None), (AT + timedelta(seconds=9), account)]
+    if place:
+        whose = [(AT + timedelta(seconds=9), None), (AT, account)]
+    rows = [
+        ReceiptRow(one, provider_id, DELIVERED, at + later, None)
+        for provider_id in ids
+        for at, one in whose
+        for later in (timedelta(seconds=1), timedelta())
+    ]
+    await queue.apply_receipts(pool, rows)
+    ends = await pool.fetch("select distinct finished_at from message")
+    assert [row["finished_at"] for row in ends] == [AT]
+
+
+async def test_messages_of_a_cancelled_campaign_take_their_receipts(
+    pool: database.Pool, shop: Shop
+) -> None:
+    campaign_id = await shop.sending(10, batch_size=5)
+    ((grant, intent),) = await shop.post()
+    await shop.answer(grant, intent, ACCEPTED)
+    await shop.act(campaign_id, campaigns.cancel)
+    rows = await pool.fetch("select provider_id from message where provider_id is not null")
+    ids = [row["provider_id"] for row in rows]
+    moved = await queue.apply_receipts(pool, [receipt(one, DELIVERED) for one in ids])
+    assert moved == (5, 0)
+    sums = (await check_the_account(shop, campaign_id)).totals
+    assert (sums.delivered, sums.cancelled) == (5, 5)
+
+
+async def test_a_receipt_for_an_unknown_message_waits_and_decides_once_its_id_is_known(
+    pool: database.Pool, shop: Shop
+) -> None:
+    campaign_id = await shop.sending(2, batch_size=2)
+    ((grant, intent),) = await shop.post()
+    await queue.settle_batch(pool, grant.batch_id, intent.attempt, "unknown", "unknown")
+    assert await queue.apply_receipts(pool, [receipt("late", DELIVERED)]) == (0, 1)
+    sums = (await check_the_account(shop, campaign_id)).totals
+    assert (sums.unknown, sums.delivered) == (2, 0)
+    answer = [
+        ItemResult(message_id, MessageState.ACCEPTED, one, None)
+        for message_id, one in zip(intent.ids, ("late", "later"), strict=True)
+    ]
+    await queue.settle_items(pool, grant.batch_id, intent.attempt, answer, None, 200)
+    assert await queue.rejoin_receipts(pool, ["late", "later"]) == 1
+    sums = (await check_the_account(shop, campaign_id)).totals
+    assert (sums.unknown, sums.delivered, sums.pending) == (0, 1, 1)
+
+
 # --------------------------------------------------------------------------------------- whose ids
 
 
@@ -257,6 +332,26 @@ async def test_a_receipt_and_the_result_it_belongs_to_never_miss_each_other(
     assert await pool.fetchval("select count(*) from early_receipt") == 0
 
 
+async def test_a_receipt_that_its_result_missed_looks_again_once_it_is_committed(
+    pool: database.Pool, shop: Shop, inbox: Inbox, connection: database.Connection
+) -> None:
+    """Its transaction began before the result was there, and the result looked before it was committed."""
+    (known,) = await accepted(shop, 1)
+    await shop.sending(1)
+    ((grant, intent),) = await shop.post()
+    async with connection.transaction():
+        await connection.execute("select from message where provider_id = $1 for update", known)
+        putting = asyncio.create_task(
+            inbox.put([receipt(known, ENROUTE), receipt("missed", DELIVERED)])
+        )
+        await until_somebody_waits(pool)
+        item = ItemResult(intent.ids[0], MessageState.ACCEPTED, "missed", None)
+        await queue.settle_items(pool, grant.batch_id, intent.attempt, [item], None, 200)
+        assert await queue.rejoin_receipts(pool, ["missed"]) == 0
+    assert await putting == 2
+    assert await states(pool, [known, "missed"]) == [ENROUTE, DELIVERED]
+
+
 async def test_a_receipt_that_both_missed_is_found_by_the_look_at_all(
     pool: database.Pool, shop: Shop
 ) -> None:
@@ -274,6 +369,221 @@ async def test_a_receipt_that_both_missed_is_found_by_the_look_at_all(
     assert await queue.rejoin_receipts(pool, None) == 1
     assert await queue.rejoin_receipts(pool, None) == 0
     assert await states(pool, ["early", "later"]) == [DELIVERED, int(ACCEPTED)]
+
+
+async def test_an_early_receipt_that_comes_again_is_kept_once(pool: database.Pool) -> None:
+    early = "select account_id, state from early_receipt order by id"
+    await queue.apply_receipts(pool, [receipt("x", FAILED)])
+    for again in (receipt("x", FAILED), receipt("x", ENROUTE)):
+        assert await queue.apply_receipts(pool, [again]) == (0, 0)
+    assert await queue.apply_receipts(pool, [receipt("x", DELIVERED)]) == (0, 1)
+    assert await queue.apply_receipts(pool, [receipt("x", FAILED, 7)]) == (0, 1)
+    rows = await pool.fetch(early)
+    assert [tuple(row) for row in rows] == [(None, FAILED), (None, DELIVERED), (7, FAILED)]
+
+
+# ------------------------------------------------------------------------------ what nobody asks for
+
+
+AGE = "update early_receipt set received_at = clock_timestamp() - $1::interval"
+
+
+async def known_too_late(shop: Shop, one: str, age: timedelta) -> None:
+    """A receipt of that age whose message has just become known, and nobody has looked since."""
+    await shop.sending(1)
+    ((grant, intent),) = await shop.post()
+    await queue.apply_receipts(shop.pool, [receipt(one, DELIVERED)])
+    await shop.pool.execute(AGE, age)
+    item = ItemResult(intent.ids[0], MessageState.ACCEPTED, one, None)
+    await queue.settle_items(shop.pool, grant.batch_id, intent.attempt, [item], None, 200)
+
+
+async def test_every_round_looks_at_the_receipts_of_the_last_minute_and_the_sweep_at_all(
+    pool: database.Pool, shop: Shop
+) -> None:
+    await known_too_late(shop, "fresh", timedelta(seconds=50))
+    assert await queue.rejoin_receipts(pool, None) == 1
+    await known_too_late(shop, "old", timedelta(seconds=70))
+    assert await queue.rejoin_receipts(pool, None) == 0
+    swept = await queue.sweep_early_receipts(pool, 0, 10)
+    assert (swept.joined, swept.given_up) == (1, 0)
+    assert await states(pool, ["fresh", "old"]) == [DELIVERED] * 2
+
+
+async def test_the_sweep_walks_through_all_a_slice_at_a_time(pool: database.Pool) -> None:
+    await queue.apply_receipts(pool, [receipt(f"id-{i}", DELIVERED) for i in range(25)])
+    ids = [row["id"] for row in await pool.fetch("select id from early_receipt order by id")]
+    seen, after_id = list[int | None](), 0
+    while (swept := await queue.sweep_early_receipts(pool, after_id, 10)).last_id is not None:
+        after_id = swept.last_id
+        seen.append(after_id)
+    assert seen == [ids[9], ids[19], ids[24]]
+
+
+async def test_a_receipt_without_a_message_goes_to_the_raw_inbox_after_a_day(
+    pool: database.Pool, account: int
+) -> None:
+    await queue.apply_receipts(
+        pool, [receipt("a", DELIVERED, account), receipt("b", FAILED, None, "Absent"), receipt("c", ENROUTE)]
+    )  # fmt: skip
+    await pool.execute(AGE, timedelta(hours=23))
+    assert (await queue.sweep_early_receipts(pool, 0, 10)).given_up == 0
+    await pool.execute(AGE, timedelta(hours=25))
+    await queue.apply_receipts(pool, [receipt("young", DELIVERED)])
+    assert (await queue.sweep_early_receipts(pool, 0, 10)).given_up == 3
+    left = await pool.fetch("select provider_id from early_receipt")
+    assert [row["provider_id"] for row in left] == ["young"]
+    rows = await pool.fetch(
+        "select account_id, body::json as body, why, received_at < now() - interval '24 hours' as old"
+        " from raw_receipt order by id"
+    )
+    assert [(row["account_id"], row["why"], row["old"]) for row in rows] == [
+        (account, NO_MESSAGE, True), (None, NO_MESSAGE, True), (None, NO_MESSAGE, True),
+    ]  # fmt: skip
+    said = [tuple(orjson.loads(row["body"]).values()) for row in rows]
+    assert [(one, word, why) for one, word, _, why in said] == [
+        ("a", "Delivered", None), ("b", "Failure", "Absent"), ("c", "Sent", None),
+    ]  # fmt: skip
+    assert {datetime.fromisoformat(at) for _, _, at, _ in said} == {AT}
+
+
+async def test_what_mitto_will_be_asked_or_a_person_is_to_choose_stays_longer(
+    pool: database.Pool,
+) -> None:
+    await queue.apply_receipts(
+        pool, [receipt(one, DELIVERED) for one in ("asked", "listed", "over")]
+    )
+    await pool.execute(AGE, timedelta(hours=25))
+    for one, found, next_ask_at in (("asked", "{}", "now()"), ("listed", "{3,4}", "'infinity'"), ("over", "{}", "'infinity'")):  # fmt: skip
+        await pool.execute(
+            f"update early_receipt set asked = 1, candidates = '{found}', next_ask_at = {next_ask_at}"
+            " where provider_id = $1", one
+        )  # fmt: skip
+    left = "select array_agg(provider_id order by id) from early_receipt"
+    assert (await queue.sweep_early_receipts(pool, 0, 10)).given_up == 1
+    assert await pool.fetchval(left) == ["asked", "listed"]
+    await pool.execute(AGE, timedelta(days=8))
+    assert (await queue.sweep_early_receipts(pool, 0, 10)).given_up == 1
+    assert await pool.fetchval(left) == ["listed"]
+
+
+async def test_the_loop_that_sweeps_outlives_what_it_cannot_read(pool: database.Pool) -> None:
+    await queue.apply_receipts(pool, [receipt("nobody", DELIVERED)])
+    await pool.execute(AGE, timedelta(hours=25))
+    await pool.execute("alter table raw_receipt rename to gone")
+    with capture_logs() as lines:
+        task = asyncio.create_task(receipts.sweep(pool, pause_seconds=0.02))
+        async with asyncio.timeout(5):
+            while not any(line["event"] == "receipts.not_swept" for line in lines):
+                await asyncio.sleep(0.01)
+        await pool.execute("alter table gone rename to raw_receipt")
+        async with asyncio.timeout(5):
+            while not await pool.fetchval("select count(*) from raw_receipt"):
+                await asyncio.sleep(0.01)
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+
+
+# ------------------------------------------------------------------------------------------- replay
+
+
+RAW = [
+    ('{"messageId": "M1", "deliveryStatus": "Delivered"}', "unknown state 'Delivered'"),
+    ('[{"id": "M2", "status": "failed"}, {"id": "M3", "status": "ok"}]', "not an object"),
+    ('{"messageId": "nobody", "deliveryStatus": "Delivered"}', "unknown state 'Delivered'"),
+    ('{"messageId": "nobody", "deliveryStatus": "Failure"}', NO_MESSAGE),
+    ('{"messageId": "M1", "deliveryStatus": "Teleported"}', "it was said otherwise"),
+    ('{"messageId": "M1", "deliveryStatus": "Teleported", "n": 2}', "unknown state 'Teleported'"),
+    ("{", "not JSON"),
+    ("7", "?"),
+]
+
+
+async def put_raw(pool: database.Pool, *rows: tuple[str, str]) -> None:
+    await queue.apply_receipts(pool, [], [RawReceipt(None, *row) for row in rows])
+
+
+async def test_a_replay_applies_what_is_understood_by_now_and_says_what_is_not(
+    pool: database.Pool, shop: Shop
+) -> None:
+    shop.provider_ids = 0
+    ids = await accepted(shop, 3)
+    assert ids == ["M1", "M2", "M3"]
+    await put_raw(pool, *RAW)
+    done = await receipts.replay(pool)
+    assert (done.replayed, done.updated, done.unreadable) == (3, 3, 5)
+    assert sorted(done.reasons.items()) == [
+        (NO_MESSAGE, 1),
+        ("the body is not JSON: unexpected end of data: line 1 column 2 (char 1)", 1),
+        ("the body must be a JSON object or an array of objects, not int", 1),
+        ("unknown state 'Teleported'", 2),
+    ]
+    assert await states(pool, ids) == [DELIVERED, FAILED, DELIVERED]
+    left = await pool.fetch("select body, why from raw_receipt order by id")
+    assert [row["body"] for row in left] == [body for body, _ in RAW[3:]]
+    assert sum(done.reasons[row["why"]] for row in left) == 1 + 2 * 2 + 1 + 1
+    waits = await pool.fetch("select provider_id from early_receipt")
+    assert [row["provider_id"] for row in waits] == ["nobody"]
+    again = await receipts.replay(pool)
+    assert again == Replay(0, 0, 5, done.reasons)
+
+
+async def test_a_receipt_that_was_given_up_is_replayed_once_its_message_is_known(
+    pool: database.Pool, shop: Shop, account: int
+) -> None:
+    ids = await accepted(shop, 2)
+    rows = [receipt(ids[0], DELIVERED, account), receipt(ids[1], FAILED, account + 1)]
+    await queue.apply_receipts(
+        pool, [], [RawReceipt(row.account_id, receipts._spelled(row), NO_MESSAGE) for row in rows]
+    )
+    done = await receipts.replay(pool)
+    assert (done.replayed, done.updated, done.unreadable) == (1, 1, 1)
+    assert await states(pool, ids) == [DELIVERED, int(ACCEPTED)]
+    assert await pool.fetchval("select finished_at from message where state = 30") == AT
+
+
+async def test_replays_at_once_apply_each_receipt_once(pool: database.Pool, shop: Shop) -> None:
+    count = 2 * REPLAYED_AT_ONCE + 100
+    ids = await accepted(shop, count, batch_size=500)
+    spelled = [(receipts._spelled(receipt(one, DELIVERED)), "unknown state 'x'") for one in ids]
+    await put_raw(pool, *spelled)
+    done = await asyncio.gather(*(receipts.replay(pool) for _ in range(4)))
+    assert sum(one.replayed for one in done) == sum(one.updated for one in done) == count
+    assert await states(pool, ids) == [DELIVERED] * count
+    assert await pool.fetchval("select count(*) from raw_receipt") == 0
+
+
+async def test_what_postgres_will_not_take_stays_raw_however_often_it_is_replayed(
+    pool: database.Pool, inbox: Inbox, shop: Shop
+) -> None:
+    """NUL is taken out when it is read again; a state that there is none of stays."""
+    (one,) = await accepted(shop, 1)
+    await inbox.put([receipt(one, DELIVERED, None, "a\x00b"), receipt(one, 1 << 20)])
+    for replayed, unreadable in ((1, 1), (0, 1)):
+        done = await receipts.replay(pool)
+        assert (done.replayed, done.unreadable) == (replayed, unreadable)
+    assert await states(pool, [one]) == [DELIVERED]
+    assert await pool.fetchval("select why from raw_receipt") == f"unknown state '{1 << 20}'"
+
+
+async def test_the_command_prints_what_a_replay_came_to(
+    pool: database.Pool, dsn: str, shop: Shop, tmp_path: Path
+) -> None:
+    (one,) = await accepted(shop, 1)
+    said = receipts._spelled(receipt(one, DELIVERED))
+    await put_raw(pool, (said, "unknown state 'Delivered'"), *RAW[-3:])
+    async with Installation(dsn, Simulator(), tmp_path) as shell:
+        programs = await shell.command("receipts", "replay", "--json")
+        people = await shell.command("receipts", "replay")
+    assert (programs.code, people.code) == (0, 0), programs.err + people.err
+    done = orjson.loads(programs.out)
+    assert (done["replayed"], done["updated"], done["unreadable"]) == (1, 1, 3)
+    assert done["reasons"]["unknown state 'Teleported'"] == 1
+    lines = people.out.splitlines()
+    assert lines[0] == "replayed 0 (0 messages moved), still unreadable 3"
+    assert "          1  unknown state 'Teleported'" in lines[1:]
+    assert await states(pool, [one]) == [DELIVERED]
 
 
 # ------------------------------------------------------------------------------------- group commit
@@ -376,6 +686,63 @@ async def test_no_more_wait_than_memory_should_hold(pool: database.Pool) -> None
         await inbox.put([receipt("one more", DELIVERED)])
     assert await inbox.put([]) == 0
     waiting.cancel()
+
+
+async def test_whoever_put_receipts_that_are_written_makes_room_for_others(
+    pool: database.Pool, inbox: Inbox
+) -> None:
+    many = [receipt("one and the same", DELIVERED)] * (WAITING_MOST // 2 + 1)
+    for _ in range(3):
+        assert await inbox.put(many) == 0
+
+
+async def test_what_nobody_foresaw_is_the_fault_of_one_call_alone(
+    pool: database.Pool, shop: Shop, inbox: Inbox
+) -> None:
+    ids = await accepted(shop, 2)
+    odd: Any = [ReceiptRow(None, "no", DELIVERED, None, object())]  # type: ignore[arg-type]
+    first, fault, second = await asyncio.gather(
+        inbox.put([receipt(ids[0], DELIVERED)]), inbox.put(odd), inbox.put([receipt(ids[1], FAILED)]),
+        return_exceptions=True,
+    )  # fmt: skip
+    assert (first, second) == (1, 1)
+    assert isinstance(fault, Exception)
+    assert not isinstance(fault, database.AWAY)
+    assert await states(pool, ids) == [DELIVERED, FAILED]
+    assert await inbox.put([receipt(ids[1], DELIVERED)]) == 1
+
+
+async def test_nobody_waits_longer_for_an_answer_than_is_promised(
+    pool: database.Pool, shop: Shop, connection: database.Connection
+) -> None:
+    (one,) = await accepted(shop, 1)
+    inbox = Inbox(pool, answer_seconds=0.2)
+    task = asyncio.create_task(inbox.run())
+    async with connection.transaction():
+        await connection.execute("select from message where provider_id = $1 for update", one)
+        for state in (ENROUTE, DELIVERED):
+            with pytest.raises(TimeoutError):
+                await inbox.put([receipt(one, state)])
+    async with asyncio.timeout(5):
+        while await states(pool, [one]) != [
+            DELIVERED
+        ]:  # nobody waits for it any more, and it lands
+            await asyncio.sleep(0.01)
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+
+
+async def test_ten_thousand_calls_at_once_are_all_answered_once_they_are_durable(
+    pool: database.Pool, shop: Shop, inbox: Inbox
+) -> None:
+    ids = await accepted(shop, 1_000, batch_size=500)
+    rows = [receipt(one, state) for one in ids for state in (ENROUTE, FAILED, DELIVERED, FAILED)]
+    rows += [receipt(f"nobody-{i}", DELIVERED) for i in range(6_000)]
+    random.Random(2).shuffle(rows)
+    await asyncio.gather(*(inbox.put([row]) for row in rows))
+    assert await states(pool, ids) == [DELIVERED] * 1_000
+    assert await pool.fetchval("select count(*) from early_receipt") == 6_000
 
 
 async def test_ten_thousand_in_one_call_on_tables_that_were_never_analysed(

@@ -21,7 +21,7 @@ from smsd.mitto import Account, Client, Result, Withdrawn, clock, parse_dlr
 from smsd.model import Outcome
 from smsd.queue import ReceiptRow
 from smsd.receipts import Inbox
-from smsd.sender import Recent, Sender, _Account
+from smsd.sender import Recent, Sender, _Account, _Place
 from smsd.simulator import Simulator, Switches
 
 
@@ -159,8 +159,8 @@ async def test_a_throttled_account_that_was_told_no_time_waits_longer_each_time(
     async with sending(pool, shop.replica_id, mitto.url) as at_work:
         await at_work.until_done()
     first, second, third = [one.arrived_monotonic for one in mitto.ledger.requests]
-    assert 0.95 <= second - first < 2
-    assert 1.9 <= third - second < 4
+    assert 0.2 <= second - first < 0.45
+    assert 0.45 <= third - second < 1.5
 
 
 async def test_an_unauthorized_account_stops_and_nothing_fails(
@@ -177,7 +177,8 @@ async def test_an_unauthorized_account_stops_and_nothing_fails(
         reason, detail = await paused(pool)
         assert reason == "UNAUTHORIZED"
         assert "X-Mitto-API-Key is missing or unknown" in str(detail)
-        assert (await check_the_account(shop, campaign_id)).totals.queued == 15
+        totals = (await check_the_account(shop, campaign_id)).totals
+        assert totals.queued + totals.processing == 15, "a claim may have begun before the stop"
         async with pool.acquire() as connection, connection.transaction():
             await tenants.change_account(connection, shop.account_id, {"api_key": "the right one"})
         await at_work.until_done()
@@ -411,9 +412,9 @@ async def check_accounts(pool: database.Pool, shop: Shop, campaign_id: int) -> i
 async def test_no_more_requests_are_in_flight_than_the_account_may_have(
     pool: database.Pool, shop: Shop, mitto: Simulator, most: int
 ) -> None:
-    mitto.switches = Switches(dlr=False, latency_seconds=0.05)
+    mitto.switches = Switches(dlr=False, latency_seconds=0.2)
     await pool.execute("update traffic_account set max_in_flight = $1", most)
-    await shop.sending(60)
+    await shop.sending(30)
     async with sending(pool, shop.replica_id, mitto.url) as at_work:
         await at_work.until_done()
     assert min(most, 2) <= mitto.ledger.max_in_flight("main") <= most
@@ -423,18 +424,18 @@ async def test_two_places_are_kept_for_single_messages(
     pool: database.Pool, account: int, shop: Shop, mitto: Simulator
 ) -> None:
     await pool.execute("update traffic_account set requests_per_second = 20")
-    mitto.switches = Switches(dlr=False, hang_before_accept=1, faults_left=1)
+    mitto.switches = Switches(dlr=False, hang_before_accept=1, faults_left=2)
     await shop.sending(50)
     async with sending(
-        pool, shop.replica_id, mitto.url, worker_concurrency=1, mitto_timeout=2
+        pool, shop.replica_id, mitto.url, worker_concurrency=2, mitto_timeout=2
     ) as at_work:
-        await mitto.requests_reached(1)
+        await mitto.requests_reached(2)
         async with pool.acquire() as connection, connection.transaction():
             await queue.add_message(connection, shop.id, account, 306911111111, "Code", "Shop", 1)
-        await mitto.requests_reached(2)
+        await mitto.requests_reached(3)
         single = next(iter(mitto.ledger.messages()))
         assert (single.destination, single.text) == (306911111111, "Code")
-        assert mitto.ledger.in_flight == 1
+        assert mitto.ledger.in_flight == 2
         await at_work.until_done()
 
 
@@ -509,7 +510,9 @@ async def test_nobody_waits_for_a_slot_that_a_clock_put_an_hour_ahead(
     intent = queue.Intent("post", 1, "Shop", [1], [306900000001], ["Hi"])
     async with client, asyncio.timeout(5):
         with pytest.raises(Withdrawn, match="stepped back"):
-            await sender._post(Account(1, "main", "key", "refused"), grant, intent)
+            await sender._post(
+                one_account(), Account(1, "main", "key", "refused"), _Place(grant), intent
+            )
     assert mitto.ledger.requests == []
 
 

@@ -206,7 +206,8 @@ async def test_a_burst_closes_an_account_as_one_and_an_outage_of_days_for_no_mor
         account.answered(grant, Result(outcome))
     await asyncio.gather(*account.sending)
     assert account.room() == (0, False)
-    assert now + 1 <= account._open_until < now + 1.5
+    first = 1 if outcome is Outcome.NEVER_LEFT else 0.25
+    assert now + first <= account._open_until < now + first + 0.2
     for _ in range(1_100):
         account._open_until = 0.0  # as if that time were over
         grant = queue.Grant(9, 1, 1, 1, 5, 0)
@@ -338,7 +339,7 @@ async def test_connections_that_the_provider_closed_while_they_rested_lose_nothi
 # --------------------------------------------------------------------------------------- missed slots
 
 
-async def test_a_loop_blocked_between_intent_and_slot_withdraws_and_sends_in_another_slot(
+async def test_a_loop_blocked_between_intent_and_slot_sends_in_another_slot(
     pool: database.Pool, account: int, shop: Shop, mitto: Simulator, connection: database.Connection
 ) -> None:
     """Blocked by our own hearing of the intent: that is when it has just become durable."""
@@ -358,15 +359,15 @@ async def test_a_loop_blocked_between_intent_and_slot_withdraws_and_sends_in_ano
     await connection.add_listener("intent_written", block)
     await change_account(pool, account, requests_per_second=20)
     campaign_id = await shop.sending(20)
-    with capture_logs() as logs:
-        async with sending(pool, shop.replica_id, mitto.url) as at_work:
-            await at_work.until_done()
+    async with sending(pool, shop.replica_id, mitto.url) as at_work:
+        await at_work.until_done()
     await connection.remove_listener("intent_written", block)
-    withdrawn = [line for line in logs if line["event"] == "batch.withdrawn"]
-    assert any("past its slot" in line["reason"] for line in withdrawn)
+    assert at_work.sender.counts["retaken"] > 0
+    late = [one.late_seconds for one in await sent_requests(pool, mitto)]
+    assert -0.001 < min(late) <= max(late) < queue.GUARD_US / SECOND_US
     assert await outcomes(pool) == ["accepted"] * 4
     granted = "select cum[array_length(cum, 1)] - base from rate where scope = 1"
-    assert await pool.fetchval(granted) <= 4, "what was withdrawn does not count against the limit"
+    assert await pool.fetchval(granted) <= 4, "what was missed does not count against the limit"
     assert await pool.fetchval("select max(tries) from batch") == 0
     assert len(mitto.ledger.requests) == 4
     assert (await check_the_account(shop, campaign_id)).totals.pending == 20
@@ -435,7 +436,7 @@ async def test_what_only_waits_for_its_slot_is_given_back_by_a_stop(
     )
     leased = asyncio.Event()
     await connection.add_listener("leased", lambda *_: leased.set())
-    await change_account(pool, account, requests_per_second=10)
+    await change_account(pool, account, requests_per_second=8)
     campaign_id = await shop.sending(50)
     with capture_logs() as logs:
         async with sending(pool, shop.replica_id, mitto.url) as at_work:

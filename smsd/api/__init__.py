@@ -2,14 +2,16 @@
 
 from aiohttp import web
 
-from smsd.api import endpoint, openapi, routes, webhooks
+from smsd.api import certificates, endpoint, openapi, routes, system, webhooks
 
 
 def build(ctx: endpoint.Context) -> web.Application:
     """The application that serves every route."""
     # Bodies are limited in the wrapper; those that a handler streams have no limit.
     app = web.Application(middlewares=[endpoint.frame], client_max_size=0)
+    app[certificates.DESK] = certificates.Desk()
     app[webhooks.SECRETS] = webhooks.Secrets()
+    app[system.FIGURES] = system.Figures(ctx.pool)
     app[openapi.DOCUMENT] = openapi.encode(routes.ENDPOINTS)
     for route in (*routes.ENDPOINTS, *routes.NOT_IMPLEMENTED):
         handler = endpoint.serve(ctx, route)

@@ -12,6 +12,7 @@ from smsd.api import credits
 from smsd.api.endpoint import Endpoint, Listing, Model, Page, Request
 from smsd.api.errors import ApiError, invalid, not_found
 from smsd.api.models import Amount, Country, Id, Name, PerSecond, Secret, SenderId, TimeZone
+from smsd.model import SEGMENTS_MOST
 
 UNCHANGED: Any = None
 """The default of a field that a PATCH leaves as it is; only fields that were sent are looked at."""
@@ -24,6 +25,7 @@ ProviderId = Annotated[
 ]
 InFlight = Annotated[int, Field(ge=1, le=10_000)]
 ServerErrorMeans = Literal["refused", "unknown"]
+LimitUnit = Literal["messages", "segments"]
 Weight = Annotated[
     float, Field(gt=0, le=1000, description="Share of the account when it is contended")
 ]
@@ -51,6 +53,9 @@ class NewTrafficAccount(Model):
     messages_per_second: PerSecond | None = None
     max_in_flight: InFlight | None = None
     webhook_secret: Secret | None = Field(None, description="Names this account in receipts")
+    limit_unit: LimitUnit = Field(
+        "messages", description="What messagesPerSecond counts, also of tenants"
+    )
     server_error_means: ServerErrorMeans = Field(
         "refused", description="What a 500 or 503 with Mitto's own error body says of the batch"
     )
@@ -68,6 +73,7 @@ class TrafficAccountChange(Model):
     messages_per_second: PerSecond | None = None
     max_in_flight: InFlight | None = None
     webhook_secret: Secret | None = None
+    limit_unit: LimitUnit = UNCHANGED
     server_error_means: ServerErrorMeans = UNCHANGED
     paused: bool = UNCHANGED
 
@@ -83,12 +89,17 @@ class TrafficAccount(Model):
     requests_per_second: int
     messages_per_second: int | None
     max_in_flight: int | None
+    limit_unit: LimitUnit
+    ceiling: int | None = Field(
+        description="Requests a second, learned from Mitto's 429; it climbs back to requestsPerSecond"
+    )
     server_error_means: ServerErrorMeans
     largest_request: int = Field(description="Messages in one request, at most: learned from Mitto")
     paused: bool
     paused_reason: str | None
     paused_detail: str | None
     blocked_until: datetime | None
+    capabilities: dict[str, Any] = Field(description="What `smsd probe` found out, by question")
     created_at: datetime
     updated_at: datetime
 
@@ -116,6 +127,11 @@ def _taken(error: tenants.Taken) -> ApiError:
     )
 
 
+def _too_low(error: tenants.TooLow) -> ApiError:
+    takes = f"at least {SEGMENTS_MOST} where limitUnit is segments, for a message can have as many"
+    return invalid("messagesPerSecond", error.messages_per_second, takes)
+
+
 async def create_account(req: Request) -> TrafficAccount:
     values = req.body.model_dump()
     values["provider_id"] = values.pop("traffic_account_id")
@@ -123,6 +139,8 @@ async def create_account(req: Request) -> TrafficAccount:
         return _account(await tenants.create_account(req.connection, **values))
     except tenants.Taken as error:
         raise _taken(error) from None
+    except tenants.TooLow as error:
+        raise _too_low(error) from None
 
 
 async def list_accounts(req: Request) -> Listing[TrafficAccount]:
@@ -150,6 +168,8 @@ async def change_account(req: Request) -> TrafficAccount:
         account = await tenants.change_account(req.connection, req.id, changes, paused)
     except tenants.Taken as error:
         raise _taken(error) from None
+    except tenants.TooLow as error:
+        raise _too_low(error) from None
     if account is None:
         raise not_found(f"traffic account {req.id}")
     return _account(account)
@@ -226,6 +246,8 @@ async def create_tenant(req: Request) -> CreatedTenant:
         tenant = await tenants.create_tenant(req.connection, **req.body.model_dump())
     except tenants.NoSuchAccount:
         raise _no_account(req.body.account_id) from None
+    except tenants.TooLow as error:
+        raise _too_low(error) from None
     _, api_key = await tenants.create_key(req.db, tenant.id)
     return CreatedTenant(api_key=api_key, **asdict(tenant))
 
@@ -247,6 +269,8 @@ async def change_tenant(req: Request) -> Tenant:
         tenant = await tenants.change_tenant(req.connection, req.id, changes)
     except tenants.NoSuchAccount:
         raise _no_account(changes["account_id"]) from None
+    except tenants.TooLow as error:
+        raise _too_low(error) from None
     except tenants.AccountInUse:
         raise ApiError(
             409,

@@ -12,9 +12,9 @@ import time
 import traceback
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hmac import compare_digest
-from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, Self, TypeVar, cast
 
 import aiohttp
 import asyncpg
@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic.alias_generators import to_camel
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from smsd import database, tenants
+from smsd import database, metrics, tenants
 from smsd.api.errors import ApiError, from_validation, invalid, not_found
 from smsd.api.models import LARGEST_ID
 from smsd.config import Settings
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 BODY_LIMIT = 1 << 20
+ACQUIRE_SECONDS = 5.0
 _REQUEST_ID_CHARACTERS = re.compile(r"[^A-Za-z0-9._:/+=@-]")
 _IDEMPOTENCY_KEY = re.compile(r"[!-~]{1,255}")
 _PATH_PARAMETER = re.compile(r"\{(\w+)\}")
@@ -135,11 +136,53 @@ class Listing(Model, Generic[Item]):
 # --------------------------------------------------------------------------------------- endpoints
 
 
+class PatientPool:
+    """The daemon's pool as requests see it: whoever waits for a connection longer than ACQUIRE_SECONDS hears
+    TimeoutError, and so the caller 503, however long Postgres keeps everybody else waiting."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pool, name)
+
+    def acquire(self) -> Any:
+        """As asyncpg.Pool.acquire."""
+        return self._pool.acquire(timeout=ACQUIRE_SECONDS)
+
+    async def execute(self, query: str, *args: Any) -> str:
+        async with self.acquire() as connection:
+            return str(await connection.execute(query, *args))
+
+    async def fetch(self, query: str, *args: Any) -> list[database.Record]:
+        async with self.acquire() as connection:
+            return list(await connection.fetch(query, *args))
+
+    async def fetchrow(self, query: str, *args: Any) -> database.Record | None:
+        async with self.acquire() as connection:
+            row: database.Record | None = await connection.fetchrow(query, *args)
+            return row
+
+    async def fetchval(self, query: str, *args: Any) -> Any:
+        async with self.acquire() as connection:
+            return await connection.fetchval(query, *args)
+
+
 class Replica(Protocol):
     """This process' registration; `id` is None while it has none."""
 
     @property
     def id(self) -> int | None: ...
+
+
+class Sending(Protocol):
+    """What the sender of this process says of itself."""
+
+    @property
+    def counts(self) -> Mapping[str, int]: ...
+
+    @property
+    def in_flight(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +198,7 @@ class Context:
     receipts: "Inbox"
     mitto: "Client"
     replica: Replica
+    sending: Sending | None = None
 
 
 @dataclass(slots=True)
@@ -291,6 +335,7 @@ def serve(
     ctx: Context, endpoint: Endpoint
 ) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
     """The aiohttp handler of an endpoint."""
+    ctx = replace(ctx, pool=cast("Pool", PatientPool(ctx.pool)))
 
     async def handle(raw: web.Request) -> web.StreamResponse:
         request = Request(ctx, ctx.pool, raw, endpoint)
@@ -444,13 +489,16 @@ async def frame(
             response = _refuse(request, _from_surprise(error))
         resource = request.match_info.route.resource
         route = resource.canonical if resource else "(unknown)"
+        took = time.perf_counter() - started
+        method = request.method if resource else "(any)"
+        metrics.request_answered(method, route, response.status, took)
         say = log.debug if route in _QUIET else log.info
         say(
             "request.answered",
             method=request.method,
             route=route,
             status=response.status,
-            ms=round((time.perf_counter() - started) * 1000, 1),
+            ms=round(took * 1000, 1),
             tenant=request.get(_TENANT),
         )
         return response

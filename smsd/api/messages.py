@@ -6,7 +6,7 @@ from typing import Any, Literal, cast
 
 from pydantic import ConfigDict, Field
 
-from smsd import contacts, messages, queue, text
+from smsd import contacts, evidence, messages, queue, text
 from smsd.api import refresh
 from smsd.api.checks import (
     Phone,
@@ -18,7 +18,7 @@ from smsd.api.checks import (
     read_phone,
 )
 from smsd.api.endpoint import Endpoint, Listing, Model, Page, Request
-from smsd.api.errors import ApiError, invalid, not_found
+from smsd.api.errors import invalid, not_found
 from smsd.api.models import Id, SenderId
 from smsd.model import Reason
 
@@ -161,7 +161,8 @@ class NewMessage(Model):
     sender: SenderId | None = Field(None, description="null: the tenant's")
     reference: str | None = Field(None, min_length=1, max_length=200)
     on_unknown: Literal["hold", "resend"] = Field(
-        "hold", description="What to do where nobody knows whether Mitto took it"
+        "hold",
+        description="Where nobody knows whether Mitto took it: wait for evidence, or risk sending it twice",
     )
 
 
@@ -174,8 +175,6 @@ class Queued(Model):
 
 async def send_message(req: Request) -> Queued:
     body: NewMessage = req.body
-    if body.on_unknown != "hold":
-        raise ApiError(501, "NOT_IMPLEMENTED", "onUnknown: resend is not part of this version yet")
     if (body.phone is None) == (body.contact_id is None):
         raise invalid("phone", body.phone, "a number, unless contactId is given: one of the two")
     try:
@@ -186,6 +185,8 @@ async def send_message(req: Request) -> Queued:
     message_id = await send_one(req, phone, body.text, body.sender)
     if body.reference is not None:
         await messages.set_reference(req.db, message_id, body.reference)
+    if body.on_unknown != "hold":
+        await evidence.set_on_unknown(req.db, message_id, body.on_unknown)
     return Queued(id=message_id, status="queued")
 
 
@@ -241,8 +242,7 @@ ENDPOINTS = (
              Listing[Batch], query=Page),
     Endpoint("POST", "/api/messages", send_message, "tenant", "Send one message", Queued, 202,
              body=NewMessage, idempotent=True,
-             errors=((400, "NO_SENDER"), (402, "INSUFFICIENT_CREDITS"), (403, "INACTIVE_SUBSCRIPTION"),
-                     (501, "NOT_IMPLEMENTED"))),
+             errors=((400, "NO_SENDER"), (402, "INSUFFICIENT_CREDITS"), (403, "INACTIVE_SUBSCRIPTION"))),
     Endpoint("GET", "/api/messages/{id}", get_message, "tenant", "One message", Message),
     Endpoint("POST", "/api/messages/{id}/refresh", refresh_message, "tenant",
              "Ask Mitto about one message", Message),

@@ -5,12 +5,15 @@ from typing import Literal, NoReturn
 from smsd.api import (
     admin,
     campaigns,
+    certificates,
     contacts,
     credits,
+    explain,
     messages,
     public,
     sending,
     system,
+    unknown,
     uploads,
     webhooks,
 )
@@ -23,8 +26,11 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     *uploads.ENDPOINTS,
     *campaigns.ENDPOINTS,
     *sending.ENDPOINTS,
+    *unknown.ENDPOINTS,
     *messages.ENDPOINTS,
+    *certificates.ENDPOINTS,
     *credits.ENDPOINTS,
+    *explain.ENDPOINTS,
     *webhooks.ENDPOINTS,
     *public.ENDPOINTS,
     *system.ENDPOINTS,
@@ -39,8 +45,6 @@ async def _not_implemented(req: Request) -> NoReturn:
 
 _Promise = tuple[str, str, Literal["tenant", "admin", "public"]]
 _PROMISED: tuple[_Promise, ...] = (
-    ("GET", "/api/admin/replicas", "admin"),
-    ("GET", "/api/admin/queue", "admin"),
     ("POST", "/api/templates", "tenant"),
     ("GET", "/api/templates", "tenant"),
     ("GET", "/api/templates/{id}", "tenant"),
@@ -48,15 +52,10 @@ _PROMISED: tuple[_Promise, ...] = (
     ("DELETE", "/api/templates/{id}", "tenant"),
     ("POST", "/api/campaigns/{id}/schedule", "tenant"),
     ("POST", "/api/campaigns/{id}/unschedule", "tenant"),
-    ("POST", "/api/campaigns/{id}/unknown", "tenant"),
-    ("GET", "/api/campaigns/{id}/messages.csv", "tenant"),
     ("GET", "/api/campaigns/{id}/stats", "tenant"),
     ("GET", "/api/campaigns/{id}/events", "tenant"),
-    ("GET", "/api/campaigns/{id}/certificate", "tenant"),
-    ("GET", "/api/campaigns/{id}/explain", "tenant"),
     ("POST", "/webhooks/mitto/inbound", "public"),
     ("GET", "/o/{trackingId}", "public"),
-    ("GET", "/metrics", "public"),
     ("GET", "/docs", "public"),
     ("GET", "/console", "public"),
 )

@@ -2,17 +2,18 @@
 
 import hashlib
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import orjson
 from aiohttp import web
 
-from smsd import mitto, queue, tenants
+from smsd import mitto, tenants
 from smsd.api.endpoint import Endpoint, Model, Request, read_body
 from smsd.api.errors import ApiError
 from smsd.model import WEBHOOK_SECRET_HEADER
-from smsd.queue import ReceiptRow
-from smsd.receipts import Full
+from smsd.queue import RawReceipt, ReceiptRow
+from smsd.receipts import Full, unknown_word
 
 BODY_LIMIT = 16 << 20
 """An array of 10,000 receipts has about 2 MB."""
@@ -40,8 +41,9 @@ SECRETS = web.AppKey("webhook_secrets", Secrets)
 
 async def dlr(req: Request) -> Received:
     account_id = await _caller(req)
+    body = await read_body(req.raw, BODY_LIMIT)
     try:
-        read = mitto.parse_dlr(await read_body(req.raw, BODY_LIMIT))
+        read = mitto.parse_dlr(body)
     except mitto.BadDlr as bad:
         raise ApiError(400, "VALIDATION_ERROR", str(bad)) from None
     rows = [
@@ -50,16 +52,31 @@ async def dlr(req: Request) -> Received:
         if r.state is not None
     ]
     # A word that nobody knows yet changes nothing, and is kept with what could not be read at all.
-    raw = [(r._asdict(), f"unknown state {r.word!r}") for r in read.receipts if r.state is None]
-    odd = [*raw, *read.rejected]
-    if odd:
-        bodies = [orjson.dumps(body, default=str).decode() for body, _ in odd]
-        await queue.keep_raw_receipts(req.ctx.pool, account_id, bodies, [why for _, why in odd])
+    odd = list(read.rejected)
+    if len(rows) < len(read.receipts):
+        odd += _unknown_words(body)
+    raw = [RawReceipt(account_id, _as_it_came(element, body), why) for element, why in odd]
     try:
-        updated = await req.ctx.receipts.put(rows)
+        updated = await req.ctx.receipts.put(rows, raw)
     except Full as full:
         raise ApiError(503, "QUEUE_UNAVAILABLE", str(full)) from None
     return Received(ok=True, received=len(read.receipts) + len(read.rejected), updated=updated)
+
+
+def _unknown_words(body: bytes) -> Iterator[tuple[object, str]]:
+    document = orjson.loads(body)
+    for element in document if isinstance(document, list) else [document]:
+        if isinstance(element, dict):
+            for receipt in mitto.parse_dlr(orjson.dumps(element)).receipts:
+                if receipt.state is None:
+                    yield element, unknown_word(receipt)
+
+
+def _as_it_came(element: object, body: bytes) -> str:
+    try:
+        return orjson.dumps(element).decode()
+    except TypeError:  # nested too deeply to be written
+        return body.decode()
 
 
 async def _caller(req: Request) -> int | None:

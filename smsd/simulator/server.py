@@ -354,6 +354,9 @@ class Simulator:
         largest = self._switches.largest_request
         if largest is not None and len(items) > largest:
             raise Refusal(413, f"At most {largest} messages a request, got {len(items)}")
+        referring = [one for one in items if isinstance(one, dict) and "reference" in one]
+        if self._switches.refuse_reference and referring:
+            raise Refusal(400, "reference: unknown field")
         elements: list[dict[str, Any]] = []
         fit: list[Draft] = []
         named: list[dict[str, Any]] = []  # the elements that take the ids of the fit, in order
@@ -438,7 +441,7 @@ class Simulator:
             request.account = None if message is None else message.account
             self._check_limit(request)
             await self._latency(request)
-            if message is None:
+            if message is None or self._hides(message):
                 raise Refusal(404, "There is no message with this id")
             request.status = 200
             skew = self._switches.clock_skew_seconds
@@ -449,6 +452,9 @@ class Simulator:
         finally:
             ledger.close_request(request, time.monotonic())
             self._changed()
+
+    def _hides(self, message: Accepted) -> bool:
+        return time.time() < message.accepted_at + self._switches.seconds_to_be_found
 
     def _report(self, message: Accepted) -> Report:
         """Where the message stands now, whether or not a receipt told so."""

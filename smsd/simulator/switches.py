@@ -155,6 +155,8 @@ class Switches(BaseModel):
     send_shape: Literal["list", "flat"] = "list"
     error_key: Literal["message", "error"] = "message"
     keep_reference: bool = False
+    refuse_reference: bool = False  # 400 for a request in which a message has one
+    seconds_to_be_found: Seconds = 0.0  # until then a GET of an accepted message is 404
     clock_skew_seconds: float = 0.0  # of createdAt, updatedAt, ids and the Date header
     max_requests_per_second: Limit | None = None  # per account, above it 429
     limits_by_account: dict[str, Limit] = {}

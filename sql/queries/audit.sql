@@ -17,8 +17,16 @@ select (select count(*) from message where campaign_id <> 0)::bigint as checked,
 -- Every message is spoken for: by itself, or by a batch that counts it; and no campaign sends with nothing to do.
 select (select count(*) from message)::bigint as checked, coalesce(sum(b.n), 0)::bigint as broken,
        min(b.example) as example
-  from (select count(*) as n, min(format('message %s of campaign %s has no state', id, campaign_id)) as example
-          from message_shown where status is null or (own_state is null and batch_state = 10)
+  from (select count(*) as n,
+               min(format('message %s of campaign %s has no %s', id, campaign_id,
+                          case when batch_id is null then 'batch' else 'state' end)) as example
+          from message_shown
+         where status is null or (own_state is null and batch_state = 10) or (own_state <> 50 and batch_id is null)
+        union all
+        select count(*), min(format('campaign %s does not exist, and has %s', k.campaign_id, k.what))
+          from (select distinct campaign_id, 'messages' as what from message
+                union all select distinct campaign_id, 'batches' from batch) k
+         where k.campaign_id <> 0 and not exists (select from campaign c where c.id = k.campaign_id)
         union all
         select count(*), min(format('batch %s says %s messages of %s segments, it has %s of %s', id, n, segments, k, s))
           from (select b.id, b.n, b.segments, count(m.id) as k, coalesce(sum(m.segments), 0) as s
@@ -65,37 +73,55 @@ select count(*) as checked,
           cross join lateral (select coalesce(f.found_, array_fill(0::bigint, array[10])) as found) g) k;
 
 -- name: money
--- Per tenant: the ledger's sums are the balance's figures, and what is reserved is what open messages and
--- unexpanded audiences are held for.
+-- Per tenant: the ledger's sums are the balance's figures; what is spent, with what is overdue, is what accepted
+-- messages are worth. Per campaign, and for a tenant's single messages: what is reserved is what open messages and
+-- unexpanded audiences are held for. And an entry names a batch of its own campaign.
 with entries as (
   select tenant_id, coalesce(sum(amount) filter (where kind = 'grant'), 0) as granted,
          coalesce(sum(amount) filter (where kind = 'spend'), 0) as spent,
-         coalesce(sum(case kind when 'hold' then amount when 'release' then -amount when 'spend' then -amount end), 0)
-           as reserved
+         coalesce(sum(case kind when 'hold' then amount when 'grant' then 0 else -amount end), 0) as reserved
     from ledger group by tenant_id),
-open_ as (
-  select tenant_id, sum(segments) as held from batch where state not in (10, 12) group by tenant_id),
-unsure as (
-  select b.tenant_id, sum(m.segments) as held
+decided as (
+  select b.tenant_id, b.campaign_id, sum(m.segments) filter (where m.state = 5) as unsure,
+         sum(m.segments) filter (where m.state in (10, 11, 20, 30)) as worth
     from batch b join message m on m.campaign_id = b.campaign_id and m.id between b.first_id and b.last_id
-   where m.state = 5 group by b.tenant_id),
-coming as (
-  select tenant_id, sum(held) as held from expansion group by tenant_id)
-select count(*) as checked, count(*) filter (where wrong) as broken,
-       min(format('tenant %s: granted %s spent %s reserved %s; ledger %s %s %s; open messages hold %s', tenant_id,
-                  granted, spent, reserved, ledger_granted, ledger_spent, ledger_reserved, held))
-         filter (where wrong) as example
-  from (select c.tenant_id, c.granted, c.spent, c.reserved, coalesce(e.granted, 0) as ledger_granted,
-               coalesce(e.spent, 0) as ledger_spent, coalesce(e.reserved, 0) as ledger_reserved, h.held,
-               (c.granted, c.spent, c.reserved, c.reserved)
-                 is distinct from (coalesce(e.granted, 0), coalesce(e.spent, 0), coalesce(e.reserved, 0), h.held)
-                 as wrong
+   where m.state in (5, 10, 11, 20, 30) group by b.tenant_id, b.campaign_id),
+kept as (
+  select tenant_id, campaign_id, sum(held) as held
+    from (select tenant_id, coalesce(campaign_id, 0) as campaign_id,
+                 case kind when 'hold' then amount when 'grant' then 0 else -amount end as held
+            from ledger
+          union all
+          select tenant_id, campaign_id, -segments from batch where state not in (10, 12)
+          union all
+          select tenant_id, campaign_id, -unsure from decided
+          union all
+          select tenant_id, campaign_id, -held from expansion) each
+   group by tenant_id, campaign_id)
+select (select count(*) from credit)::bigint as checked, coalesce(sum(b.n), 0)::bigint as broken,
+       min(b.example) as example
+  from (select count(*) as n,
+               min(format('tenant %s: granted %s spent %s reserved %s; ledger %s %s %s', tenant_id, c.granted, c.spent,
+                          c.reserved, e.granted, e.spent, e.reserved)) as example
+          from credit c full join entries e using (tenant_id)
+         where (c.granted, c.spent, c.reserved)
+                 is distinct from (coalesce(e.granted, 0), coalesce(e.spent, 0), coalesce(e.reserved, 0))
+        union all
+        select count(*), min(format('tenant %s: spent %s and overdue %s; accepted messages are worth %s', tenant_id,
+                                    c.spent, c.overdue, a.worth))
           from credit c
-          left join entries e using (tenant_id)
-          left join open_ o using (tenant_id)
-          left join unsure u using (tenant_id)
-          left join coming x using (tenant_id)
-          cross join lateral (select coalesce(o.held, 0) + coalesce(u.held, 0) + coalesce(x.held, 0) as held) h) k;
+          full join (select tenant_id, sum(worth) as worth from decided group by tenant_id) a using (tenant_id)
+         where coalesce(c.spent + c.overdue, 0) <> coalesce(a.worth, 0)
+        union all
+        select count(*), min(format('tenant %s, campaign %s: the ledger holds %s more than its open messages', tenant_id,
+                                    campaign_id, held))
+          from kept where held <> 0
+        union all
+        select count(*), min(format('ledger entry %s is of batch %s, which is not of campaign %s', l.id, l.batch_id,
+                                    coalesce(l.campaign_id, 0)))
+          from ledger l left join batch b on b.id = l.batch_id and b.campaign_id = coalesce(l.campaign_id, 0)
+                                         and b.tenant_id = l.tenant_id
+         where l.batch_id is not null and b.id is null) b;
 
 -- name: orphans
 -- Ids of Mitto's and messages name each other, and no receipt waits for a message that is known.

@@ -117,10 +117,8 @@ select c.*, t.queued, t.processing, t.pending, t.delivered, t.delivery_failed, t
 -- name: limited_by
 -- Which limit a campaign's messages stand at: what was granted in the last second, against what may be.
 with used as (
-  select a.paused_reason, a.blocked_until, r.scope,
-         coalesce(r.cum[cardinality(r.cum)], r.base)
-         - coalesce(r.cum[nullif(width_bucket(clock_us() - 1035000, r.ts), 0)], r.base) as n,
-         case r.scope when 1 then a.requests_per_second when 2 then a.messages_per_second
+  select a.paused_reason, wait_until(a.blocked_until, clock_us()) > clock_us() as blocked, r.scope, rate_used(r) as n,
+         case r.scope when 1 then limit_now(a.requests_per_second, a.ceiling, a.ceiling_at) when 2 then a.messages_per_second
                       when 3 then t.requests_per_second when 4 then t.messages_per_second end as most
     from expansion e
     join lane l on l.id = e.lane_id
@@ -129,7 +127,7 @@ with used as (
     left join rate r on r.scope in (1, 2) and r.id = a.id or r.scope in (3, 4) and r.id = t.id
    where e.campaign_id = $1)
 select case when bool_or(paused_reason is not null) then 'account_paused'
-            when bool_or(blocked_until > clock_timestamp()) then 'account_throttled'
+            when bool_or(blocked) then 'account_throttled'
             when bool_or(scope in (3, 4) and n >= 0.9 * most) then 'tenant_limit'
             when bool_or(scope in (1, 2) and n >= 0.9 * most) then 'account_limit' end
   from used;

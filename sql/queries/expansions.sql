@@ -2,7 +2,7 @@
 -- The next chunk's expansion, of the tenant least recently served; owned by us until its chunk commits.
 with next_ as (
   select e.campaign_id from expansion e
-   where e.state = 'running'
+   where e.state = 'running' and instance_is_kept()
      and (e.owner is null or e.owner = $1
           or not exists (select from replica r where r.id = e.owner and r.gone_at is null))
    order by (select max(s.served_at) from expansion s where s.tenant_id = e.tenant_id and s.state = 'running'),
@@ -20,7 +20,7 @@ returning e.campaign_id, e.tenant_id, e.lane_id, e.source, e.sender, e.template,
 update expansion
    set cursor = $4, read = read + $5, owner = null, updated_at = clock_timestamp(),
        state = case when $6 then 'done' else 'running' end
- where campaign_id = $1 and owner = $2 and cursor = $3 and state = 'running'
+ where campaign_id = $1 and owner = $2 and cursor = $3 and state = 'running' and instance_is_kept()
 returning campaign_id;
 
 -- name: let_go
@@ -46,9 +46,16 @@ select $1, $2, $3, $4, u.first_id, u.last_id, u.last_id - u.first_id + 1, u.segm
 select count_messages($1, 0, 0, 0, 0, 0, $2, 0);
 
 -- name: settle_hold
--- Moves the part of the estimated hold that stands for this chunk to its exact figure. False: credits do not reach.
-select settle_hold($1, $2, $3, $4);
+-- Moves the part of the estimated hold that stands for this chunk to its exact figure. held is false where credits do
+-- not reach; available: what could be held before that was tried.
+select settle_hold($1, $2, $3, $4) as held,
+       (select c.granted - c.spent - c.reserved from credit c join expansion e on e.tenant_id = c.tenant_id
+         where e.campaign_id = $1) as available;
 
--- name: pause_expansion
--- Out of credits in the middle: the campaign waits for a top-up.
-select pause_campaign($1, 'INSUFFICIENT_CREDITS', $2);
+-- name: pause_for_credits
+-- Out of credits in the middle: the campaign waits for a top-up. Nothing if there is more than $2 by now.
+select pause_for_credits($1, $2, $3);
+
+-- name: pause_as_failed
+-- Its audience cannot be read on: a person has to see to it.
+select pause_campaign($1, 'EXPANSION_FAILED', $2);

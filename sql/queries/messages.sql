@@ -2,6 +2,12 @@
 -- A page of a campaign's messages by id.
 select * from message_shown where campaign_id = $1 and id > $2 order by id limit $3;
 
+-- name: lines
+-- A page of a campaign's messages by id without what is long: texts.
+select id, phone, status, own_state, reason, detail, segments, provider_id, settled_at, finished_at,
+       batch_id, batch_state, batch_done_at
+  from message_shown where campaign_id = $1 and id > $2 order by id limit $3;
+
 -- name: page_by_phone
 -- The message of a campaign to one number, if it is in the state $3.
 select * from message_shown
@@ -67,11 +73,11 @@ select count(*) from batch where campaign_id = $1;
 with c as (select id, refresh_cursor from campaign where id = $1 for no key update),
 after as (
   select m.id, m.provider_id from message m
-   where m.campaign_id = $1 and m.id > (select refresh_cursor from c) and m.state in (10, 11)
+   where m.campaign_id = $1 and m.id > (select refresh_cursor from c) and m.state in (10, 11) and m.provider_id is not null
    order by m.id limit $2),
 before as (
   select m.id, m.provider_id from message m
-   where m.campaign_id = $1 and m.id <= (select refresh_cursor from c) and m.state in (10, 11)
+   where m.campaign_id = $1 and m.id <= (select refresh_cursor from c) and m.state in (10, 11) and m.provider_id is not null
    order by m.id limit $2 - (select count(*) from after)),
 moved as (
   update campaign set refresh_cursor = coalesce((select max(id) from before), (select max(id) from after), 0)

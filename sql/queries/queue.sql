@@ -1,10 +1,12 @@
 -- name: register_replica
--- A new registration: a new id, so what an earlier life of this process leased is not ours.
+-- A new registration: a new id, so what an earlier life of this process leased is not ours. The first one of all makes
+-- this the database whose history is known.
+with kept as (insert into instance (identity) select instance_now() on conflict do nothing)
 insert into replica (name, version) values ($1, $2) returning id;
 
 -- name: beat
--- Still here. No row: somebody declared this replica dead; it must stop claiming and register anew.
-update replica set beat = beat + 1, beat_at = clock_timestamp() where id = $1 and gone_at is null returning beat;
+-- Still here; and where we are. No beat: somebody declared this replica dead; it must stop claiming and register anew.
+select beat, kept, identity, found_at from beat($1, $2);
 
 -- name: leave
 -- An orderly goodbye.
@@ -29,9 +31,12 @@ update replica set gone_at = clock_timestamp(), gone_reason = 'the only process 
 select released, unknown from reap();
 
 -- name: claim
--- The fair lane's batches with their slots, leased to us; or what to wait for.
-select batch_id, epoch, campaign_id, tenant_id, n, slot, now_us, waits_for
-  from claim($1, $2, $3, $4, $5, $6, $7);
+-- The fair lane's batches with their slots, leased to us; or what to wait for. In a database that is not the one kept
+-- claim is not even called.
+select batch_id, epoch, campaign_id, tenant_id, n, slot, now_us, waits_for, cost
+  from claim($1, $2, $3, $4, $5, $6, $7) where instance_is_kept()
+union all
+select null, 0, 0, 0, 0, null, clock_us(), 'recovery', 0 where not instance_is_kept();
 
 -- name: intent
 -- Durable word that the batch is about to be posted, after one more look at whether it may be; and what to post.
@@ -42,8 +47,13 @@ select verdict, attempt, sender, ids, phones, texts from intent($1, $2, $3);
 select withdraw($1, $2, $3);
 
 -- name: arrived_late
--- What may have arrived after its slot stays in the limiter's window until now.
-select arrived_late($1, $2, $3, $4, clock_us());
+-- What may have arrived after its slot stays in the limiter's window from then on.
+with until as materialized (select coalesce($5, clock_us()) as us)
+select us, arrived_late($1, $2, $3, $4, us) from until;
+
+-- name: retake_slot
+-- A missed slot for another one, as long as nothing left; null, and the old one given back, where there is none soon.
+select retake_slot($1, $2, $3, $4, $5);
 
 -- name: settle_items
 -- Mitto's answer item by item: states, ids, credits, counters. False after a newer attempt.
@@ -58,28 +68,61 @@ select settle_batch($1, $2, $3, $4, $5, $6, $7, $8, $9);
 select slot, now_us, back_us from grant_request($1, $2, $3);
 
 -- name: apply_receipts
--- Largest state seen wins; ids not known yet are kept.
+-- Largest state seen wins; ids not known yet are kept, and so is, as it came and once, what could not be read.
+with raw as (
+  insert into raw_receipt (account_id, body, why)
+  select u.account_id, u.body, min(u.why)
+    from unnest($6::bigint[], $7::text[], $8::text[]) with ordinality as u(account_id, body, why, place)
+   where not exists (select from raw_receipt k where md5(k.body) = md5(u.body) and k.body = u.body
+                                                 and k.account_id is not distinct from u.account_id)
+   group by u.account_id, u.body order by min(u.place))
 select updated, kept from apply_receipts($1, $2, $3, $4, $5);
 
 -- name: rejoin_receipts
 -- Early receipts whose message is known by now.
 select rejoin_receipts($1);
 
--- name: keep_raw_receipts
--- What could not be read, as it came.
-insert into raw_receipt (account_id, body, why) select $1, body, why from unnest($2::text[], $3::text[]) as u(body, why);
+-- name: sweep_early_receipts
+-- The next early receipts by id, however old: matched, left, or given up after a day.
+select last_id, joined, given_up from sweep_early_receipts($1, $2);
+
+-- name: next_raw_receipts
+-- Raw receipts to be read again; nobody else reads them meanwhile.
+select id, account_id, body, why from raw_receipt
+ where id > $1 and id <= $2 order by id limit $3 for update skip locked;
+
+-- name: newest_raw_receipt
+-- Where a reading of all of them ends.
+select coalesce(max(id), 0) from raw_receipt;
+
+-- name: known_receipts
+-- Of each id, in order, whether it is a message's of that account.
+select exists (select from provider_message k
+                where k.provider_id = u.provider_id and k.account_id = coalesce(u.account_id, k.account_id)) as known
+  from unnest($1::bigint[], $2::text[]) with ordinality as u(account_id, provider_id, place) order by u.place;
+
+-- name: end_raw_receipts
+-- What was read is gone; of the rest it is said why it cannot be read.
+with read_ as (delete from raw_receipt where id = any ($1::bigint[]))
+update raw_receipt r set why = u.why
+  from unnest($2::bigint[], $3::text[]) as u(id, why) where r.id = u.id and r.why <> u.why;
 
 -- name: accounts
 -- What senders need of every account that has a lane.
-select a.id, a.provider_id, a.api_key, a.server_error_means, a.requests_per_second, a.max_in_flight, a.paused_reason
+select a.id, a.provider_id, a.api_key, a.server_error_means, a.requests_per_second, a.max_in_flight, a.paused_reason,
+       a.capabilities
   from traffic_account a
  where exists (select from lane where lane.account_id = a.id);
 
 -- name: block_account
--- Throttled: all replicas wait until then. Never shortens a wait.
+-- All replicas wait until then. Never shortens a wait.
 update traffic_account
    set blocked_until = greatest(coalesce(blocked_until, '-infinity'), clock_timestamp() + make_interval(secs => $2))
  where id = $1;
+
+-- name: throttle_account
+-- All replicas wait until then, never shorter than they would; the ceiling goes down once an event.
+select throttle_account($1, $2, $3);
 
 -- name: pause_account
 -- Nothing leaves for it until a person lifts it; unless that person has already given it another key than $4.

@@ -1,16 +1,18 @@
 -- name: insert_account
 -- A new traffic account. Mitto's id and the webhook secret are unique.
-insert into traffic_account (name, provider_id, api_key, requests_per_second, messages_per_second, max_in_flight,
-                             webhook_secret, server_error_means)
-values ($1, $2, $3, $4, $5, $6, $7, $8)
+insert into traffic_account as a (name, provider_id, api_key, requests_per_second, messages_per_second, max_in_flight,
+                                  webhook_secret, server_error_means, limit_unit)
+values ($1, $2, $3, $4, $5, $6, $7, $8, $9)
 returning id, name, provider_id, api_key, requests_per_second, messages_per_second, max_in_flight, webhook_secret,
-          server_error_means, largest_request, blocked_until, paused_reason, paused_detail, created_at, updated_at;
+          server_error_means, largest_request, limit_unit, ceiling_now(a) as ceiling, blocked_until, paused_reason, paused_detail, capabilities,
+       created_at, updated_at;
 
 -- name: get_account
 -- One traffic account, secrets included.
 select id, name, provider_id, api_key, requests_per_second, messages_per_second, max_in_flight, webhook_secret,
-       server_error_means, largest_request, blocked_until, paused_reason, paused_detail, created_at, updated_at
-  from traffic_account where id = $1;
+       server_error_means, largest_request, limit_unit, ceiling_now(a) as ceiling, blocked_until, paused_reason, paused_detail, capabilities,
+       created_at, updated_at
+  from traffic_account a where id = $1;
 
 -- name: lock_account
 -- Nobody else changes this account before we have.
@@ -19,8 +21,9 @@ select from traffic_account where id = $1 for no key update;
 -- name: list_accounts
 -- A page of traffic accounts, oldest first.
 select id, name, provider_id, api_key, requests_per_second, messages_per_second, max_in_flight, webhook_secret,
-       server_error_means, largest_request, blocked_until, paused_reason, paused_detail, created_at, updated_at
-  from traffic_account order by id limit $1 offset $2;
+       server_error_means, largest_request, limit_unit, ceiling_now(a) as ceiling, blocked_until, paused_reason, paused_detail, capabilities,
+       created_at, updated_at
+  from traffic_account a order by id limit $1 offset $2;
 
 -- name: count_accounts
 -- How many there are.
@@ -30,8 +33,13 @@ select count(*) from traffic_account;
 -- What a person sets; what senders learn (blocked, largest request) stays.
 update traffic_account
    set name = $2, provider_id = $3, api_key = $4, requests_per_second = $5, messages_per_second = $6,
-       max_in_flight = $7, webhook_secret = $8, server_error_means = $9, updated_at = clock_timestamp()
+       max_in_flight = $7, webhook_secret = $8, server_error_means = $9, limit_unit = $10,
+       updated_at = clock_timestamp()
  where id = $1;
+
+-- name: learn_capabilities
+-- What a probe found out; what it did not find out stays. Only key by key, so that two probes lose nothing.
+update traffic_account set capabilities = capabilities || $2 where id = $1 returning capabilities;
 
 -- name: pause_account
 -- A person stops an account; the reason of an earlier stop stays.
@@ -40,9 +48,13 @@ update traffic_account set paused_reason = 'PAUSED_BY_OPERATOR', updated_at = cl
 
 -- name: resume_account
 -- A person lets an account send again, whatever had stopped it.
-update traffic_account set paused_reason = null, paused_detail = null, blocked_until = null,
-                           updated_at = clock_timestamp()
- where id = $1 and (paused_reason is not null or blocked_until is not null);
+update traffic_account set paused_reason = null, paused_detail = null, blocked_until = null, ceiling = null,
+                           ceiling_at = null, updated_at = clock_timestamp()
+ where id = $1 and (paused_reason is not null or blocked_until is not null or ceiling is not null);
+
+-- name: lowest_tenant_limit
+-- Of the tenants of an account: in messages, or segments, a second. Null: none has one.
+select min(messages_per_second) from tenant where account_id = $1;
 
 -- name: wake_account
 -- Dispatchers look at this account again, once we commit.
