@@ -150,7 +150,10 @@ begin
   if exists (select from lane where account_id = p_account and not idle and not paused and not closed
                                 and not_before <= now_ + p_horizon) then
     select r.last into last_ from rate r where r.scope = 5 and r.id = p_account;
-    if last_ <= now_ + 2 * p_horizon then s := greatest(s, last_ + 5000000 / rps); end if;
+    -- The account's next slot or none: one further ahead would leave those before it to nobody.
+    if last_ <= now_ + 2 * p_horizon and last_ + 5000000 / rps > s then
+      return query select null::bigint, now_, now_ + last_ + 5000000 / rps - s; return;
+    end if;
   end if;
   if s > now_ + 2 * p_horizon then return query select null::bigint, now_, s - 2 * p_horizon; return; end if;
   perform rate_keep(rate_take(a, s, 1));
