@@ -138,7 +138,7 @@ end $$;
 -- Null: come back later.
 create or replace function grant_request(p_account bigint, p_horizon bigint, p_global int)
 returns table (slot bigint, now_us bigint, back_us bigint) language plpgsql as $$
-declare a rate; g rate; acc traffic_account; s bigint; now_ bigint; rps int; last_ bigint;
+declare a rate; g rate; acc traffic_account; s bigint; now_ bigint; rps int; last_ bigint; due bigint;
 begin
   a := rate_lock(1, p_account, p_horizon);
   select * into acc from traffic_account where id = p_account;
@@ -151,15 +151,15 @@ begin
                                 and not_before <= now_ + p_horizon) then
     select r.last into last_ from rate r where r.scope = 5 and r.id = p_account;
     -- The account's next slot or none: one further ahead would leave those before it to nobody.
-    if last_ <= now_ + 2 * p_horizon and last_ + 5000000 / rps > s then
-      return query select null::bigint, now_, now_ + last_ + 5000000 / rps - s; return;
-    end if;
+    if last_ <= now_ + 2 * p_horizon then due := last_ + 5000000 / rps; end if;
+    if due > s + pace_us(1, rps) then return query select null::bigint, now_, now_ + due - s; return; end if;
   end if;
   if s > now_ + 2 * p_horizon then return query select null::bigint, now_, s - 2 * p_horizon; return; end if;
   perform rate_keep(rate_take(a, s, 1));
   if p_global is not null then perform rate_keep(rate_take(g, s, 1)); end if;
-  insert into rate as r (scope, id, last, closed_until) values (5, p_account, s, 0)
-  on conflict (scope, id) do update set last = s;
+  if s > due + pace_us(1, rps) then due := s; end if;    -- a fifth in the long run, whichever slots there are
+  insert into rate as r (scope, id, last, closed_until) values (5, p_account, coalesce(due, s), 0)
+  on conflict (scope, id) do update set last = excluded.last;
   return query select s, now_, null::bigint;
 end $$;
 
