@@ -359,7 +359,9 @@ async def until_written(action: Callable[[], Awaitable[T]], pause_seconds: float
         try:
             return await action()
         except AWAY as error:
-            if isinstance(error, ValueError):  # asyncpg's word for a value that no Postgres would take
+            if isinstance(
+                error, ValueError
+            ):  # asyncpg's word for a value that no Postgres would take
                 raise
             log.warning("database.away", error=repr(error))
             await asyncio.sleep(pause_seconds)

@@ -6,38 +6,27 @@ what has not left when we stop is given back.
 """
 
 import asyncio
-import math
 import random
-from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from typing import Any
 
 import asyncpg
 import structlog
 
-from smsd import database, evidence, explain, faults, metrics, mitto, queue
+from smsd import database, evidence, explain, faults, metrics, mitto, pace, queue
 from smsd.config import Settings
 from smsd.database import Pool
 from smsd.loops import first_of as _first_of
 from smsd.model import Outcome
+from smsd.pace import Pace, Place, Recent
 from smsd.recovery import Memory
 
 log = structlog.get_logger()
 
-PRIORITY_PLACES = 2
-"""Places of an account kept for single messages."""
-REPLICA_IN_FLIGHT = 256
-"""Requests in flight of the whole process; no account takes more than half, so that one that hangs stops no other."""
-MESSAGES_IN_FLIGHT = 20_000
-"""Messages in memory per account; bounds what a very high limit would claim ahead."""
-SLOW_LOOK_SECONDS = 1.0
 LEAD_SECONDS_LEAST, LEAD_SECONDS_FIRST, LEAD_SECONDS_MOST = 0.004, 0.03, 0.06
 RETAKES_MOST = 3
 """How often a batch that missed its slot takes another one before it is given back."""
-BREAKER_AFTER = 3
-BREAKER_SECONDS_MOST = 30.0
-THROTTLE_SECONDS, THROTTLE_SECONDS_MOST = 0.25, 60.0
 CLOSED_SECONDS = (1_000_000 + queue.GUARD_US + 2 * queue.HORIZON_US) / 1e6
 """After the database's clock stepped ahead: its limiters have forgotten what left within the last second."""
 
@@ -46,21 +35,6 @@ OrderCheck = Callable[
     [mitto.Account, bool | None, Sequence[int], Sequence[mitto.ItemResult]], Awaitable[bool]
 ]
 """Whether an answer's ids stand in the order of the numbers that were posted: (account, what is known, numbers, ids)."""
-
-
-class Recent:
-    """The last measurements of something, and their percentiles."""
-
-    def __init__(self, first: float, size: int = 200) -> None:
-        self._values: deque[float] = deque([first], maxlen=size)
-
-    def add(self, value: float) -> None:
-        self._values.append(value)
-
-    def percentile(self, share: float) -> float:
-        """The value below which `share` (0 to 1) of the recent ones lie."""
-        ordered = sorted(self._values)
-        return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
 class Sender:
@@ -83,7 +57,7 @@ class Sender:
         self._clock = queue.DatabaseClock()
         self._closed_until = 0.0
         self._intent_seconds = Recent(LEAD_SECONDS_FIRST)
-        self._accounts: dict[int, _Account] = {}
+        self._accounts: dict[int, Pace] = {}
         self._loops: dict[int, asyncio.Task[None]] = {}
         self._stopping = asyncio.Event()
         self._look = asyncio.Event()
@@ -111,7 +85,7 @@ class Sender:
                 if loop.done():
                     del self._loops[account_id]
                     loop.result()
-            await _first_of(SLOW_LOOK_SECONDS, self._look, self._stopping)
+            await _first_of(pace.SLOW_LOOK_SECONDS, self._look, self._stopping)
 
     async def _read_accounts(self) -> None:
         for row in await queue.accounts(self._pool):
@@ -120,7 +94,7 @@ class Sender:
     def _meet(self, row: queue.AccountRow) -> None:
         account = self._accounts.get(row.id)
         if account is None:
-            account = self._accounts[row.id] = _Account(row, self._settings)
+            account = self._accounts[row.id] = Pace(row, self._settings)
         account.row = row
         if row.id not in self._loops:
             self._loops[row.id] = asyncio.create_task(
@@ -142,7 +116,7 @@ class Sender:
 
     # ---------------------------------------------------------------------------------------- claim
 
-    async def _claim_for(self, account: "_Account") -> None:
+    async def _claim_for(self, account: Pace) -> None:
         while not self._stopping.is_set():
             account.news.clear()
             want, priority_only = account.room()
@@ -151,7 +125,7 @@ class Sender:
                 wait = max(account.closed_seconds(), closed)
                 await _first_of(wait, account.news, self._stopping)
                 continue
-            pause = SLOW_LOOK_SECONDS
+            pause = pace.SLOW_LOOK_SECONDS
             try:
                 pause = await self._claim_once(account, want, priority_only)
             except database.AWAY as error:
@@ -159,7 +133,7 @@ class Sender:
             if pause > 0:
                 await _first_of(pause, account.news, self._stopping)
 
-    async def _claim_once(self, account: "_Account", want: int, priority_only: bool) -> float:
+    async def _claim_once(self, account: Pace, want: int, priority_only: bool) -> float:
         """One claim; returns how long to wait for news before the next."""
         faults.point("claim.asking")
         before = mitto.clock()
@@ -186,8 +160,8 @@ class Sender:
         if claim.waits_for == "replica_gone":
             self._standing.replica_id = 0
         if claim.back_us is None:
-            return SLOW_LOOK_SECONDS
-        return min(SLOW_LOOK_SECONDS, max(0.001, self._clock.surely_at(claim.back_us) - after))
+            return pace.SLOW_LOOK_SECONDS
+        return min(pace.SLOW_LOOK_SECONDS, max(0.001, self._clock.surely_at(claim.back_us) - after))
 
     def _lead_seconds(self) -> float:
         recent = self._intent_seconds.percentile(0.99) * 1.2
@@ -195,7 +169,7 @@ class Sender:
 
     # ----------------------------------------------------------------------------------------- send
 
-    async def _send(self, account: "_Account", grant: queue.Grant) -> None:
+    async def _send(self, account: Pace, grant: queue.Grant) -> None:
         """One batch from its grant to its settled outcome."""
         bound = log.bind(
             account=account.row.id,
@@ -212,7 +186,7 @@ class Sender:
             self._memory.posted(grant, intent)
             bound = bound.bind(attempt=intent.attempt)
             credentials = self._credentials(account.row)
-            place = _Place(grant)
+            place = Place(grant)
             try:
                 result = await self._post(account, credentials, place, intent)
             except mitto.Withdrawn as withdrawn:
@@ -274,9 +248,9 @@ class Sender:
 
     async def _post(
         self,
-        account: "_Account",
+        account: Pace,
         credentials: mitto.Account,
-        place: "_Place",
+        place: Place,
         intent: queue.Intent,
     ) -> mitto.Result:
         """Waits for the slot and posts; takes another slot if it was missed. Raises Withdrawn when it must not leave."""
@@ -310,7 +284,7 @@ class Sender:
                     raise mitto.Withdrawn(missed.reason) from None
                 place.grant = moved
 
-    def _gate(self, account: "_Account", grant: queue.Grant) -> Callable[[], None]:
+    def _gate(self, account: Pace, grant: queue.Grant) -> Callable[[], None]:
         """What is asked right before the first byte."""
         latest = self._clock.maybe_at(grant.slot_us + queue.GATE_US)
 
@@ -337,7 +311,7 @@ class Sender:
         self._intent_seconds.add(mitto.clock() - before)
         return moved
 
-    async def _count_late(self, account: "_Account", place: "_Place", result: mitto.Result) -> None:
+    async def _count_late(self, account: Pace, place: Place, result: mitto.Result) -> None:
         """A request that may have arrived later than its slot allows is counted from then on."""
         arrived_by = account.arrived_by(result)
         counted = await place.counted()
@@ -351,7 +325,7 @@ class Sender:
             lambda: queue.arrived_late(self._pool, account.row.id, counted, until_us)
         )
 
-    async def _tell_breaker(self, account: "_Account", detail: str) -> None:
+    async def _tell_breaker(self, account: Pace, detail: str) -> None:
         """Writes that this replica's breaker opened or closed, for whoever asks why work waits."""
         told, account.told = account.told, account.breaker()
         if told == account.told:
@@ -376,7 +350,7 @@ class Sender:
 
     async def _settle(
         self,
-        account: "_Account",
+        account: Pace,
         credentials: mitto.Account,
         grant: queue.Grant,
         intent: queue.Intent,
@@ -411,7 +385,7 @@ class Sender:
 
     async def _settle_items(
         self,
-        account: "_Account",
+        account: Pace,
         credentials: mitto.Account,
         grant: queue.Grant,
         intent: queue.Intent,
@@ -450,7 +424,7 @@ class Sender:
 
     async def _act_on(
         self,
-        account: "_Account",
+        account: Pace,
         credentials: mitto.Account,
         grant: queue.Grant,
         intent: queue.Intent,
@@ -482,7 +456,7 @@ class Sender:
             await self._read_accounts()  # the key may be another by now
 
     async def _settle_whole(
-        self, account: "_Account", grant: queue.Grant, intent: queue.Intent, result: mitto.Result
+        self, account: Pace, grant: queue.Grant, intent: queue.Intent, result: mitto.Result
     ) -> str:
         match result.outcome:
             case Outcome.RETRY:
@@ -516,180 +490,3 @@ class Sender:
 
 class _Missed(mitto.Withdrawn):
     """This process was too slow for the slot."""
-
-
-class _Place:
-    """Where a request stands in the limiter's window: at its slot, or later as long as nobody knows that it arrived."""
-
-    def __init__(self, claimed: queue.Grant) -> None:
-        self.claimed = self.grant = claimed
-        self._moved: asyncio.Task[queue.Grant] | None = None
-
-    def keep(self, pool: Pool, account_id: int) -> None:
-        """It may still be under way: counted as if it left now."""
-        if self._moved is None or self._moved.done():
-            self._moved = asyncio.create_task(self._move(pool, account_id, self._now()))
-
-    async def _move(self, pool: Pool, account_id: int, counted: queue.Grant) -> queue.Grant:
-        try:
-            until_us = await queue.arrived_late(pool, account_id, counted)
-        except database.AWAY:
-            return counted
-        return counted._replace(slot_us=until_us)
-
-    def _now(self) -> queue.Grant:
-        return self._moved.result() if self._moved is not None else self.grant
-
-    async def counted(self) -> queue.Grant:
-        """The grant with the time at which it is counted."""
-        return await self._moved if self._moved is not None else self.grant
-
-
-class _Account:
-    """What one replica knows of a traffic account: what is in flight, how long answers take, whether it is there."""
-
-    def __init__(self, row: queue.AccountRow, settings: Settings) -> None:
-        self.row = row
-        self.news = asyncio.Event()
-        self.sending: set[asyncio.Task[None]] = set()
-        self._least = settings.worker_concurrency
-        self._window = float(settings.worker_concurrency)
-        # When each was claimed. By grant, not by batch: one that was given back may be here again already.
-        self._places: dict[queue.Grant, float] = {}
-        self._messages = 0
-        self._seconds = Recent(0.05)
-        self._took = Recent(math.inf)
-        self._missed = 0
-        self.told = (0, 0.0)
-        self._open_until = 0.0
-        self._halved_at = -math.inf
-        self._throttled = 0
-
-    def room(self) -> tuple[int, bool]:
-        """(how many batches to claim, whether only of the priority class)."""
-        if self.is_closed():
-            return 0, False
-        if self._missed >= BREAKER_AFTER:
-            return (0, False) if self._places else (1, False)  # one batch probes
-        needed = math.ceil(self.row.requests_per_second * self._seconds.percentile(0.95)) + 1
-        places = min(max(self._least, needed), REPLICA_IN_FLIGHT // 2, int(self._window))
-        with_priority = places + PRIORITY_PLACES
-        if (most := self.row.max_in_flight) is not None:  # one of several is kept
-            with_priority = min(with_priority, most)
-            places = min(places, most - (most > 1))
-        # Written slower than sent: wait for Postgres rather than pile up answers.
-        if len(self.sending) >= 3 * places:
-            return 0, False
-        free = places - len(self._places)
-        if free > 0 and self._messages < MESSAGES_IN_FLIGHT:
-            return min(free, 8), False
-        return max(0, with_priority - len(self._places)), True
-
-    def is_closed(self) -> bool:
-        """Whether nothing may leave: Mitto asked to wait, or is not there."""
-        return mitto.clock() < self._open_until
-
-    def closed_seconds(self) -> float:
-        """How long to wait for a place, at most."""
-        closed = self._open_until - mitto.clock()
-        return min(closed, SLOW_LOOK_SECONDS) if closed > 0 else SLOW_LOOK_SECONDS
-
-    def made_slot(self) -> None:
-        """This process keeps pace: more at once, whether or not Mitto has answered yet."""
-        self._grow()
-        self.news.set()
-
-    def _grow(self) -> None:
-        self._window = min(self._window + 1.0, REPLICA_IN_FLIGHT / 2)
-
-    def missed_slot(self, grant: queue.Grant) -> None:
-        """This process was too slow for a slot: fewer at once from now on (as TCP does when a packet is lost, and like
-        it once for all that were on their way together)."""
-        if self._places[grant] > self._halved_at:
-            self._halved_at = mitto.clock()
-            self._window = max(float(self._least), self._window / 2)
-
-    def start(self, grant: queue.Grant, send: Coroutine[Any, Any, None]) -> None:
-        self._places[grant] = mitto.clock()
-        self._messages += grant.n
-        task = asyncio.create_task(send, name=f"batch {grant.batch_id}")
-        self.sending.add(task)
-        task.add_done_callback(self._ended)
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self.sending.discard(task)
-        self.news.set()
-
-    def answered(self, grant: queue.Grant, result: mitto.Result) -> None:
-        """The request is over: its place is free, and the breaker hears of it."""
-        claimed_at = self._places.pop(grant)
-        self.news.set()
-        # Then it was on its way by that time and tells nothing new: a wait grows by what comes after it.
-        closed_already = self.is_closed()
-        if result.outcome is Outcome.NEVER_LEFT:
-            # A kept connection that the other side closed says nothing.
-            if not closed_already and "gone stale" not in result.detail:
-                self._missed_provider(result)
-            return
-        self._missed = 0
-        if result.outcome is Outcome.THROTTLED:
-            self._throttled += not closed_already or not self._throttled
-            # Here at once; on other replicas as soon as it is written.
-            until = mitto.clock() + self.throttle_seconds(result)
-            self._open_until = max(self._open_until, until)
-        else:
-            self._throttled = 0
-        self._seconds.add(mitto.clock() - claimed_at)
-        self._grow()
-
-    def _missed_provider(self, result: mitto.Result) -> None:
-        self._missed += 1
-        if self._missed >= BREAKER_AFTER:
-            wait = _breaker_seconds(self._missed)
-            self._open_until = mitto.clock() + wait
-            log.warning("breaker.opened", account=self.row.id, seconds=wait, detail=result.detail)
-
-    def breaker(self) -> tuple[int, float]:
-        """(answers missed in a row, for how many seconds nothing leaves after the last); zeros while it is closed."""
-        if self._missed < BREAKER_AFTER:
-            return 0, 0.0
-        return self._missed, _breaker_seconds(self._missed)
-
-    def throttle_seconds(self, result: mitto.Result) -> float:
-        """How long to wait: as Mitto says, or a second, doubled while it goes on."""
-        if result.retry_after_seconds:
-            return result.retry_after_seconds
-        return _doubled(THROTTLE_SECONDS, max(0, self._throttled - 1), THROTTLE_SECONDS_MOST)
-
-    def arrived_by(self, result: mitto.Result) -> float | None:
-        """The `mitto.clock` by which a request had arrived, at the latest; None: nothing left. Where answers come at
-        once, or take always the same, one that came later may have been read later than it had arrived in the kernel;
-        a provider that thinks, now longer and now shorter, tells nothing by that."""
-        if result.left_at is None:
-            return None
-        if result.answered_at is None:
-            return result.arrived_by or mitto.clock()
-        self._took.add(result.answered_at - result.left_at)
-        fastest = self._took.percentile(0)
-        by_answer = result.answered_at - fastest
-        if result.arrived_by is None:
-            return by_answer
-        thinks = fastest > queue.GUARD_US / 1e6
-        steady = self._took.percentile(0.5) - fastest <= queue.GUARD_US / 2e6
-        return max(result.arrived_by, by_answer) if steady or not thinks else result.arrived_by
-
-    def release(self, grant: queue.Grant) -> None:
-        """The batch is settled or given back."""
-        self._places.pop(grant, None)
-        self._messages -= grant.n
-        self.news.set()
-
-
-def _breaker_seconds(missed: int) -> float:
-    return _doubled(1.0, missed - BREAKER_AFTER, BREAKER_SECONDS_MOST)
-
-
-def _doubled(seconds: float, times: int, most: float) -> float:
-    return min(
-        most, seconds * 2.0 ** min(times, 10)
-    )  # a float ends at 2 ** 1024, an outage does not

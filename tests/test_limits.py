@@ -26,8 +26,8 @@ from support import (
 
 from smsd import arrival, config, database, mitto, queue
 from smsd.model import Outcome
+from smsd.pace import Pace, Place
 from smsd.queue import Grant
-from smsd.sender import _Account, _Place
 from smsd.simulator import Simulator, Switches
 
 WINDOW_US = SECOND_US + GUARD_US
@@ -182,7 +182,7 @@ async def test_what_nobody_knows_to_have_arrived_is_counted_as_if_it_left_now(
     await change_tenant(pool, shop.id, requests_per_second=1)
     await shop.sending(20, batch_size=1)
     (grant,) = (await ask(shop)).grants
-    place = _Place(grant)
+    place = Place(grant)
     for _ in range(3):
         await clock.move(400_000)
         place.keep(pool, shop.account_id)
@@ -454,7 +454,7 @@ async def test_one_of_several_places_is_kept_for_single_messages_whatever_the_nu
 
 async def test_a_sender_keeps_one_of_several_places() -> None:
     row = queue.AccountRow(1, "main", "key", "refused", 1_000, 3, None, {})
-    account = _Account(row, config.load({}))
+    account = Pace(row, config.load({}))
     grants = [Grant(i, 1, 1, 1, 5, 0) for i in range(3)]
     assert account.room() == (2, False)
     for grant in grants[:2]:
@@ -503,8 +503,8 @@ def answered(took: float, arrived: float | None = None) -> mitto.Result:
     return mitto.Result(Outcome.ACCEPTED, left_at=1000.0, arrived_by=by, answered_at=1000 + took)
 
 
-def seen_by(*took: float) -> _Account:
-    account = _Account(
+def seen_by(*took: float) -> Pace:
+    account = Pace(
         queue.AccountRow(1, "main", "key", "refused", 100, None, None, {}), config.load({})
     )
     for seconds in took:

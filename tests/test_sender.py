@@ -19,9 +19,10 @@ from support import Relay, assert_sound, new_account, open_shop, sending
 from smsd import campaigns, config, credits, database, queue, tenants
 from smsd.mitto import Account, Client, Result, Withdrawn, clock, parse_dlr
 from smsd.model import Outcome
+from smsd.pace import Pace, Place, Recent
 from smsd.queue import ReceiptRow
 from smsd.receipts import Inbox
-from smsd.sender import Recent, Sender, _Account, _Place
+from smsd.sender import Sender
 from smsd.simulator import Simulator, Switches
 
 
@@ -511,7 +512,7 @@ async def test_nobody_waits_for_a_slot_that_a_clock_put_an_hour_ahead(
     async with client, asyncio.timeout(5):
         with pytest.raises(Withdrawn, match="stepped back"):
             await sender._post(
-                one_account(), Account(1, "main", "key", "refused"), _Place(grant), intent
+                one_account(), Account(1, "main", "key", "refused"), Place(grant), intent
             )
     assert mitto.ledger.requests == []
 
@@ -600,9 +601,9 @@ async def test_whatever_answers_of_postgres_are_lost_every_message_is_sent_once_
 # --------------------------------------------------------------------------------- an account's places
 
 
-def one_account(**settings: int) -> _Account:
+def one_account(**settings: int) -> Pace:
     row = queue.AccountRow(1, "main", "key", "refused", 1_000, None, None)
-    return _Account(row, config.load({f"SMSD_{k.upper()}": str(v) for k, v in settings.items()}))
+    return Pace(row, config.load({f"SMSD_{k.upper()}": str(v) for k, v in settings.items()}))
 
 
 async def test_a_batch_that_is_back_before_its_last_way_has_ended_keeps_its_own_place() -> None:

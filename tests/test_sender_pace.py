@@ -17,7 +17,7 @@ from smsd import config, credits, database, queue
 from smsd.mitto import Result
 from smsd.mitto import clock as mitto_clock
 from smsd.model import Outcome
-from smsd.sender import _Account
+from smsd.pace import Pace
 from smsd.simulator import Simulator, Switches
 
 SECOND_US = 1_000_000
@@ -161,12 +161,12 @@ async def test_the_requests_in_flight_grow_to_what_a_slow_provider_needs_for_the
     assert 27 <= mitto.ledger.max_in_flight("main") <= 60, "100 a second, 0.3 s each: 30"
 
 
-def eight_at_once() -> _Account:
+def eight_at_once() -> Pace:
     row = queue.AccountRow(1, "main", "key", "refused", 10**9, None, None)
-    return _Account(row, config.load({"SMSD_WORKER_CONCURRENCY": "8"}))
+    return Pace(row, config.load({"SMSD_WORKER_CONCURRENCY": "8"}))
 
 
-def burst(account: _Account) -> list[queue.Grant]:
+def burst(account: Pace) -> list[queue.Grant]:
     grants = [queue.Grant(i, 1, 1, 1, 5, 0) for i in range(8)]
     for grant in grants:
         account.start(grant, asyncio.sleep(0))
