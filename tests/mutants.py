@@ -93,15 +93,19 @@ def is_noticed(mutant: Mutant, dsn: str) -> str:
 async def check(mutants: list[Mutant]) -> dict[Mutant, str]:
     """What is wrong with each, on one Postgres for all."""
     wrong = {}
+    free = asyncio.Semaphore(os.cpu_count() or 1)
     with tempfile.TemporaryDirectory(prefix="smsd-mutants-") as folder:
         settings = {"fsync": "off", "full_page_writes": "off", "synchronous_commit": "off"}
         async with embedded.Postgres(Path(folder), settings=settings) as server:
-            for mutant in mutants:
-                wrong[mutant] = await asyncio.to_thread(is_noticed, mutant, server.dsn)
-                sys.stdout.write(
-                    f"{mutant.invariant}: {mutant.path}: {wrong[mutant] or 'noticed'}\n"
-                )
+
+            async def look(mutant: Mutant) -> None:
+                async with free:
+                    wrong[mutant] = await asyncio.to_thread(is_noticed, mutant, server.dsn)
+                done = f"{len(wrong)}/{len(mutants)} {mutant.invariant}: {mutant.path}"
+                sys.stdout.write(f"{done}: {wrong[mutant] or 'noticed'}\n")
                 sys.stdout.flush()
+
+            await asyncio.gather(*map(look, mutants))
     return wrong
 
 
