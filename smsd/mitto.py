@@ -13,6 +13,7 @@ import select
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -120,6 +121,9 @@ class Fetched:
     created_at: datetime | None = None
     reference: str | None = None
     description: str | None = None
+    arrived_by: float | None = (
+        None  # `clock()` by which the question had arrived, None if it never left
+    )
 
     @property
     def found(self) -> bool:
@@ -421,6 +425,29 @@ class _Body(aiohttp.Payload):
         faults.point("body.sent")
 
 
+class _Question:
+    """One GET: leaves once, if its gate lets it. aiohttp would repeat it by itself, without a grant."""
+
+    def __init__(self, gate: Callable[[], None]) -> None:
+        self._gate = gate
+        self.watch = arrival.Watch()
+        self.left = False
+        self.withheld: BaseException | None = None
+
+    def pass_gate(self) -> None:
+        if self.left:
+            raise aiohttp.ClientConnectionError("the connection was closed under the question")
+        try:
+            self._gate()
+        except BaseException as raised:
+            self.withheld = raised
+            raise
+        self.left = True
+
+
+_QUESTION: ContextVar[_Question | None] = ContextVar("question", default=None)
+
+
 class _GatedRequest(aiohttp.ClientRequest):
     """Puts the gate between the connection in hand and the first byte.
 
@@ -438,14 +465,19 @@ class _GatedRequest(aiohttp.ClientRequest):
         if _is_stale(conn):
             # The class that makes aiohttp try a GET on another connection, and never a POST.
             raise aiohttp.ServerDisconnectedError("the pooled connection had gone stale")
-        if isinstance(body, _Body):
-            body.watch.begin(conn.transport)
-            try:
-                body.pass_gate()
-            except BaseException:
-                conn.release()
-                raise
-        return await super().send(conn)
+        gated = body if isinstance(body, _Body) else _QUESTION.get()
+        if gated is None:
+            return await super().send(conn)
+        gated.watch.begin(conn.transport)
+        try:
+            gated.pass_gate()
+        except BaseException:
+            conn.release()
+            raise
+        response = await super().send(conn)
+        if isinstance(gated, _Question):
+            gated.watch.written()
+        return response
 
 
 _HUNG_UP = getattr(select, "POLLRDHUP", 0)  # Linux; a full hang-up is reported without asking
@@ -567,8 +599,12 @@ class Client:
             result, left_at=body.passed_at, arrived_by=arrived_by, answered_at=answered_at
         )
 
-    async def fetch(self, account: Account, provider_id: str) -> Fetched:
-        """Ask for one message by the provider's id. Harmless to repeat, and aiohttp may do so."""
+    async def fetch(
+        self, account: Account, provider_id: str, gate: Callable[[], None] = lambda: None
+    ) -> Fetched:
+        """Ask once for one message by the provider's id. `gate` as in `send`."""
+        question = _Question(gate)
+        _QUESTION.set(question)
         path = MESSAGE_PATH.format(message_id=quote(provider_id, safe=""))
         try:
             async with (
@@ -582,8 +618,18 @@ class Client:
                 status, headers = response.status, response.headers
                 answer = await _read(response)
         except Exception as problem:
-            return Fetched(FetchOutcome.FAILED, detail=self._explain(problem, account))
-        return _fetched(status, headers, answer, provider_id, account)
+            arrived_by = question.watch.end(None) or clock()
+            if question.withheld is not None:
+                raise question.withheld from None
+            return Fetched(
+                FetchOutcome.FAILED,
+                detail=self._explain(problem, account),
+                arrived_by=arrived_by if question.left else None,
+            )
+        finally:
+            _QUESTION.set(None)
+        fetched = _fetched(status, headers, answer, provider_id, account)
+        return replace(fetched, arrived_by=question.watch.end(clock()))
 
     def _explain(self, problem: Exception, account: Account) -> str:
         what = str(problem) or f"no answer within {self._timeout_seconds:g} s"

@@ -73,6 +73,56 @@ class Place:
         return await self._moved if self._moved is not None else self.grant
 
 
+class Questions:
+    """Looks messages up at Mitto, each look-up under a grant of its account's limit."""
+
+    def __init__(self, pool: Pool, client: mitto.Client, all_limit: int | None) -> None:
+        self._pool, self._client, self._all_limit = pool, client, all_limit
+        self._clock = queue.DatabaseClock()
+
+    async def ask(
+        self, account: mitto.Account, provider_id: str, deadline: float
+    ) -> mitto.Fetched | None:
+        """One GET; None when no slot comes before the deadline (`mitto.clock`). One that may have arrived later than
+        its slot allows is counted from then on."""
+        while (slot_us := await self._in_turn(account.id, deadline)) is not None:
+            latest = self._clock.maybe_at(slot_us + queue.GATE_US)
+
+            def gate(latest: float = latest) -> None:
+                if mitto.clock() > latest:
+                    raise mitto.Withdrawn("past its slot")
+
+            try:
+                fetched = await self._client.fetch(account, provider_id, gate)
+            except mitto.Withdrawn:
+                continue
+            await self._count_late(account.id, slot_us, fetched.arrived_by)
+            return fetched
+        return None
+
+    async def _in_turn(self, account_id: int, deadline: float) -> int | None:
+        """Waits for a grant and its slot; None when it would come after the deadline."""
+        while True:
+            before = mitto.clock()
+            slot, now_us, back = await queue.grant_request(self._pool, account_id, self._all_limit)
+            self._clock.observe(before, mitto.clock(), now_us)
+            at = self._clock.surely_at(back if slot is None and back is not None else slot or 0)
+            if slot is None and at > deadline:
+                return None
+            await asyncio.sleep(max(0.0 if slot else 0.001, at - mitto.clock()))
+            if slot is not None:
+                return slot
+
+    async def _count_late(self, account_id: int, slot_us: int, arrived_by: float | None) -> None:
+        if arrived_by is None or arrived_by <= self._clock.maybe_at(slot_us + queue.GUARD_US):
+            return
+        until_us = self._clock.us_at(arrived_by)
+        grant = queue.Grant(0, 0, 0, tenant_id=0, n=0, slot_us=slot_us)
+        await database.until_written(
+            lambda: queue.arrived_late(self._pool, account_id, grant, until_us)
+        )
+
+
 class Pace:
     """What one replica knows of a traffic account: what is in flight, how long answers take, whether it is there."""
 

@@ -15,6 +15,7 @@ from smsd.config import Settings
 from smsd.database import Pool
 from smsd.evidence import Question
 from smsd.mitto import Fetched, FetchOutcome, ItemResult
+from smsd.pace import Questions
 
 log = structlog.get_logger()
 
@@ -45,7 +46,7 @@ class Resolver:
     ) -> None:
         self._pool, self._client, self._settings = pool, client, settings
         self._patience_seconds = patience_seconds
-        self._clock = queue.DatabaseClock()
+        self._questions = Questions(pool, client, settings.requests_per_second)
         self._places = asyncio.Semaphore(AT_ONCE)
         self._not_before: dict[int, float] = {}
         self._orders: dict[int, _Order] = {}
@@ -156,10 +157,13 @@ class Resolver:
         async with self._places:
             pause = self._not_before.get(account.id, 0.0) - mitto.clock()
             deadline = mitto.clock() + self._settings.mitto_timeout
-            if pause > 0 or not await self._in_turn(account.id, deadline):
+            fetched = None
+            if pause <= 0:
+                credentials = self._credentials(account)
+                fetched = await self._questions.ask(credentials, question.provider_id, deadline)
+            if fetched is None:
                 await evidence.postpone(self._pool, question.provider_id, max(pause, 1.0))
                 return None
-            fetched = await self._client.fetch(self._credentials(account), question.provider_id)
         if fetched.found:
             return fetched
         refused = fetched.status in (401, 403)
@@ -177,21 +181,6 @@ class Resolver:
             return None
         await evidence.conclude(self._pool, question.provider_id, str(fetched.outcome), final=False)
         return None
-
-    async def _in_turn(self, account_id: int, deadline: float) -> bool:
-        """Waits for a grant of the account's limit; False when it would come after the deadline."""
-        while True:
-            before = mitto.clock()
-            slot, now_us, back = await queue.grant_request(
-                self._pool, account_id, self._settings.requests_per_second
-            )
-            self._clock.observe(before, mitto.clock(), now_us)
-            at = self._clock.surely_at(back if slot is None and back is not None else slot or 0)
-            if slot is None and at > deadline:
-                return False
-            await asyncio.sleep(max(0.0 if slot else 0.001, at - mitto.clock()))
-            if slot is not None:
-                return True
 
     def _credentials(self, account: evidence.Account) -> mitto.Account:
         default = self._settings.mitto_api_key
@@ -249,9 +238,8 @@ class Resolver:
         return True
 
     async def _destination(self, account: mitto.Account, provider_id: str) -> int | None:
-        if not await self._in_turn(account.id, mitto.clock() + ORDER_SECONDS):
-            return None
-        return (await self._client.fetch(account, provider_id)).destination
+        fetched = await self._questions.ask(account, provider_id, mitto.clock() + ORDER_SECONDS)
+        return fetched.destination if fetched is not None else None
 
     async def _break(self, account: mitto.Account, order: "_Order") -> None:
         order.broken = True

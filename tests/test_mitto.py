@@ -883,6 +883,26 @@ async def test_a_fetch_goes_to_another_connection_when_its_own_has_gone_stale() 
     assert fetched.found
 
 
+async def test_a_question_leaves_once_though_its_connection_is_closed_under_it() -> None:
+    async def hanging_up(request: Request, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+
+    async with provider(accepting) as there, mitto.Client(there.url, 5.0) as client:
+        await client.send(ACCOUNT, ITEMS[:1], Gate())
+        there.script = hanging_up
+        fetched = await client.fetch(ACCOUNT, "01JABC")
+    assert fetched.outcome is FetchOutcome.FAILED
+    assert fetched.arrived_by is not None
+    assert [request.method for request in there.requests] == ["POST", "GET"]
+
+
+async def test_a_question_that_missed_its_slot_does_not_leave() -> None:
+    async with provider(accepting) as there, mitto.Client(there.url, 5.0) as client:
+        with pytest.raises(mitto.Withdrawn):
+            await client.fetch(ACCOUNT, "01JABC", Gate("slot is over"))
+    assert not there.requests
+
+
 # --- the gate --------------------------------------------------------------------------------
 async def test_no_byte_leaves_when_the_gate_is_shut() -> None:
     async with provider(accepting) as there, mitto.Client(there.url, 5.0) as client:
@@ -996,8 +1016,11 @@ async def test_a_message_is_fetched_by_its_id() -> None:
         text="Γεια",
         created_at=datetime(2026, 11, 20, 12, 0, 0, 123456, tzinfo=UTC),
         reference="ours-101",
+        arrived_by=fetched.arrived_by,
     )
     assert fetched.found
+    assert fetched.arrived_by is not None
+    assert fetched.arrived_by <= mitto.clock()
 
 
 async def test_text_and_sender_may_stand_in_the_request_info() -> None:

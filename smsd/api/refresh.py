@@ -11,6 +11,7 @@ from aiolimiter import AsyncLimiter
 from smsd import messages, mitto, queue, tenants
 from smsd.api.endpoint import Context
 from smsd.mitto import FetchOutcome
+from smsd.pace import Questions
 from smsd.queue import ReceiptRow
 
 SECONDS_MOST = 10.0
@@ -56,9 +57,9 @@ class _Asking:
     ctx: Context
     account: mitto.Account
     limiter: AsyncLimiter
+    questions: Questions
     left: Iterator[str]
     deadline: float
-    clock: queue.DatabaseClock = field(default_factory=queue.DatabaseClock)
     found: int = 0
     rows: list[ReceiptRow] = field(default_factory=list)
 
@@ -67,7 +68,9 @@ class _Asking:
         for provider_id in self.left:
             if not await self._in_turn():
                 return
-            fetched = await self.ctx.mitto.fetch(self.account, provider_id)
+            fetched = await self.questions.ask(self.account, provider_id, self.deadline)
+            if fetched is None:
+                return
             if fetched.outcome is FetchOutcome.THROTTLED:
                 self.deadline = 0
                 seconds = fetched.retry_after_seconds or _THROTTLED_SECONDS
@@ -81,7 +84,7 @@ class _Asking:
                 )
 
     async def _in_turn(self) -> bool:
-        """Waits until one more request may leave; False when that would be too late."""
+        """Waits until this process may ask once more; False when that would be too late."""
         left_seconds = self.deadline - mitto.clock()
         if left_seconds <= 0:
             return False
@@ -90,17 +93,6 @@ class _Asking:
                 await self.limiter.acquire()
         except TimeoutError:
             return False
-        slot = None
-        while slot is None:
-            before = mitto.clock()
-            slot, now_us, back = await queue.grant_request(
-                self.ctx.pool, self.account.id, self.ctx.settings.requests_per_second
-            )
-            self.clock.observe(before, mitto.clock(), now_us)
-            until = self.clock.surely_at(back if slot is None and back is not None else slot or 0)
-            if slot is None and until > self.deadline:
-                return False
-            await asyncio.sleep(max(0.0, until - mitto.clock()))
         return True
 
 
@@ -115,6 +107,7 @@ async def _asking(
         ctx=ctx,
         account=mitto.Account(row.id, row.provider_id, api_key, row.server_error_means),
         limiter=_limiter(ctx, row.id, row.requests_per_second),
+        questions=Questions(ctx.pool, ctx.mitto, ctx.settings.requests_per_second),
         left=iter(provider_ids),
         deadline=deadline,
     )
