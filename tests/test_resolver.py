@@ -367,6 +367,19 @@ async def test_two_replicas_do_not_ask_the_same(
     assert [one.kind for one in provider.ledger.requests].count("get") == 30
 
 
+async def test_what_one_replica_is_about_to_ask_another_passes_by(
+    pool: database.Pool, shop: Shop, provider: Simulator
+) -> None:
+    provider.switches.accept_then_reset = 1.0
+    await shop.sending(3, batch_size=3)
+    async with working(pool, shop.replica_id, provider.url) as work:
+        await work.until_done()
+        await receive(pool, ids_of(provider))
+    async with pool.acquire() as one, one.transaction(), asyncio.timeout(5):
+        assert len(await evidence.take_questions(one, 64, 0, ASKS_MOST)) == 3
+        assert await evidence.take_questions(pool, 64, 0, ASKS_MOST) == []
+
+
 # ----------------------------------------------------------------------------- verdicts and what comes after
 
 
