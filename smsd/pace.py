@@ -85,7 +85,9 @@ class Questions:
     ) -> mitto.Fetched | None:
         """One GET; None when no slot comes before the deadline (`mitto.clock`). One that may have arrived later than
         its slot allows is counted from then on."""
-        while (slot_us := await self._in_turn(account.id, deadline)) is not None:
+        while mitto.clock() < deadline:
+            if (slot_us := await self._in_turn(account.id, deadline)) is None:
+                return None
             latest = self._clock.maybe_at(slot_us + queue.GATE_US)
 
             def gate(latest: float = latest) -> None:
