@@ -221,6 +221,7 @@ class Resolver:
     async def _look(self, account: mitto.Account, order: "_Order", ends: dict[str, int]) -> bool:
         """Compares the numbers of these ids. One that tells nothing is made up for soon, and more seldom each time."""
         seen: list[tuple[int | None, int]] = []
+        began = order.answers
         with contextlib.suppress(*database.AWAY):  # a TimeoutError as well
             async with asyncio.timeout(ORDER_SECONDS):
                 for provider_id, phone in ends.items():
@@ -231,7 +232,7 @@ class Resolver:
             return False
         if len(seen) == len(ends) and all(found for found, _ in seen):
             order.seen, order.missed = True, 0
-            order.next_look = order.answers + ORDER_ONE_IN
+            order.next_look = began + ORDER_ONE_IN
         else:
             order.missed += 1
             order.next_look = order.answers + min(ORDER_ONE_IN, 2 ** min(order.missed - 1, 10))
