@@ -49,6 +49,7 @@ class Resolver:
         self._questions = Questions(pool, client, settings.requests_per_second)
         self._places = asyncio.Semaphore(AT_ONCE)
         self._not_before: dict[int, float] = {}
+        self._away_until = 0.0
         self._orders: dict[int, _Order] = {}
         self._swept_at = 0.0
 
@@ -71,7 +72,9 @@ class Resolver:
         ):
             log.warning("messages.resent", n=resent, reason="the caller asked for it")
         await self._tell()
-        bounds = (CLAIM, self._patience_seconds, ASKS_MOST)
+        if mitto.clock() < self._away_until:
+            return 0  # another replica may reach Mitto: these are not taken away from it
+        bounds = (1 if self._away_until else CLAIM, self._patience_seconds, ASKS_MOST)
         questions = await evidence.take_questions(self._pool, *bounds)
         unmapped = await evidence.take_unmapped(self._pool, *bounds)
         if not questions and not unmapped:
@@ -164,11 +167,12 @@ class Resolver:
             if fetched is None:
                 await evidence.postpone(self._pool, question.provider_id, max(pause, 1.0))
                 return None
+        self._away_until = 0.0
         if fetched.found:
             return fetched
         refused = fetched.status in (401, 403)
         if fetched.status is None:  # nobody there: what else was to be asked must not wait for that
-            self._not_before[account.id] = mitto.clock() + AWAY_SECONDS
+            self._not_before[account.id] = self._away_until = mitto.clock() + AWAY_SECONDS
         if refused or fetched.outcome is FetchOutcome.THROTTLED:
             seconds = PAUSE_SECONDS if refused else fetched.retry_after_seconds or 1.0
             self._not_before[account.id] = mitto.clock() + seconds

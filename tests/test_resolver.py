@@ -380,6 +380,24 @@ async def test_what_one_replica_is_about_to_ask_another_passes_by(
         assert await evidence.take_questions(pool, 64, 0, ASKS_MOST) == []
 
 
+async def test_a_replica_that_does_not_reach_mitto_leaves_the_questions_to_the_others(
+    pool: database.Pool, shop: Shop, provider: Simulator
+) -> None:
+    provider.switches.accept_then_reset = 1.0
+    await shop.sending(3, batch_size=3)
+    async with (
+        working(pool, shop.replica_id, provider.url) as one,
+        working(pool, 0, "http://127.0.0.1:1") as cut_off,
+    ):
+        await one.until_done()
+        await receive(pool, ids_of(provider))
+        assert await cut_off.resolver.round() == 3
+        await pool.execute("update early_receipt set next_ask_at = '-infinity'")
+        assert await cut_off.resolver.round() == 0
+        await one.resolve()
+    await agree(pool, provider)
+
+
 # ----------------------------------------------------------------------------- verdicts and what comes after
 
 
