@@ -20,7 +20,7 @@ serve: .venv/.installed ## the daemon, with a Postgres of its own unless SMSD_DA
 	@.venv/bin/smsd serve
 
 test: lint ## every check, then every test with coverage
-	@$(VENV_PYTHON) -m pytest -n 2 --dist loadgroup --cov --cov-report=term:skip-covered
+	@$(VENV_PYTHON) -m pytest -n 4 --dist loadgroup --cov --cov-report=term:skip-covered
 
 chaos: .venv/.installed-dev ## real daemons under every fault for MINUTES=30; SEED=7 plays that run again
 	@PYTHONPATH=tests $(VENV_PYTHON) -m system.chaos --minutes $(or $(MINUTES),30) --first $(or $(FIRST),1) $(if $(SEED),--seed $(SEED))
