@@ -19,7 +19,10 @@ demo: .venv/.installed ## a whole campaign on this machine: Postgres, a look-ali
 serve: .venv/.installed ## the daemon, with a Postgres of its own unless SMSD_DATABASE_URL is set
 	@.venv/bin/smsd serve
 
-test: lint ## every check, then every test with coverage
+test: lint ## every check, then every test
+	@$(VENV_PYTHON) -m pytest -n 4 --dist loadgroup
+
+coverage: .venv/.installed-dev ## every test, and which lines they reach
 	@$(VENV_PYTHON) -m pytest -n 4 --dist loadgroup --cov --cov-report=term:skip-covered
 
 chaos: .venv/.installed-dev ## real daemons under every fault for MINUTES=30; SEED=7 plays that run again
