@@ -8,7 +8,7 @@ COMPILE = $(UV) pip compile pyproject.toml --quiet --upgrade --universal --pytho
 	--generate-hashes --no-strip-extras --annotation-style line --no-emit-index-url --custom-compile-command "make lock" --extra embedded
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test chaos mutants lint format lock clean
+.PHONY: help demo serve test coverage chaos mutants lint format lock clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
@@ -20,10 +20,10 @@ serve: .venv/.installed ## the daemon, with a Postgres of its own unless SMSD_DA
 	@.venv/bin/smsd serve
 
 test: lint ## every check, then every test
-	@$(VENV_PYTHON) -m pytest -n 4 --dist loadgroup
+	@$(VENV_PYTHON) -m pytest -n 3 --dist loadgroup
 
 coverage: .venv/.installed-dev ## every test, and which lines they reach
-	@$(VENV_PYTHON) -m pytest -n 4 --dist loadgroup --cov --cov-report=term:skip-covered
+	@$(VENV_PYTHON) -m pytest -n 3 --dist loadgroup --cov --cov-report=term:skip-covered
 
 chaos: .venv/.installed-dev ## real daemons under every fault for MINUTES=30; SEED=7 plays that run again
 	@PYTHONPATH=tests $(VENV_PYTHON) -m system.chaos --minutes $(or $(MINUTES),30) --first $(or $(FIRST),1) $(if $(SEED),--seed $(SEED))

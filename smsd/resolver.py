@@ -158,10 +158,11 @@ class Resolver:
     async def _ask(self, question: Question, account: evidence.Account) -> Fetched | None:
         """One GET in its turn; None where it told nothing."""
         async with self._places:
-            pause = self._not_before.get(account.id, 0.0) - mitto.clock()
+            away = mitto.clock() < self._away_until
+            pause = 0.0 if away else self._not_before.get(account.id, 0.0) - mitto.clock()
             deadline = mitto.clock() + self._settings.mitto_timeout
             fetched = None
-            if pause <= 0:
+            if pause <= 0 and not away:
                 credentials = self._credentials(account)
                 fetched = await self._questions.ask(credentials, question.provider_id, deadline)
             if fetched is None:
@@ -171,8 +172,10 @@ class Resolver:
         if fetched.found:
             return fetched
         refused = fetched.status in (401, 403)
-        if fetched.status is None:  # nobody there: what else was to be asked must not wait for that
-            self._not_before[account.id] = self._away_until = mitto.clock() + AWAY_SECONDS
+        if fetched.status is None:  # nobody there for us: the others may have better luck
+            self._away_until = mitto.clock() + AWAY_SECONDS
+            await evidence.postpone(self._pool, question.provider_id, 1.0)
+            return None
         if refused or fetched.outcome is FetchOutcome.THROTTLED:
             seconds = PAUSE_SECONDS if refused else fetched.retry_after_seconds or 1.0
             self._not_before[account.id] = mitto.clock() + seconds
