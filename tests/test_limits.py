@@ -599,11 +599,11 @@ async def test_two_replicas_use_a_limit_however_long_answers_take(
 ) -> None:  # fmt: skip
     provider.switches = Switches(dlr=False, latency_seconds=latency, latency_jitter_seconds=jitter)
     await change_account(pool, account, requests_per_second=limit)
-    await shop.sending(12 * limit, batch_size=1)
+    await shop.sending(45 * limit, batch_size=1)
     async with AsyncExitStack() as stack:
         for _ in range(2):
             await replica(stack, dsn, provider)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(50):
             await provider.requests_reached(3 * limit)
             await provider.until(lambda: best_use(provider, limit, 3) >= 0.95)
     assert provider.ledger.worst_second("main") <= limit
