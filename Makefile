@@ -8,7 +8,7 @@ COMPILE = $(UV) pip compile pyproject.toml --quiet --upgrade --universal --pytho
 	--generate-hashes --no-strip-extras --annotation-style line --no-emit-index-url --custom-compile-command "make lock" --extra embedded
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test coverage chaos mutants lint format lock clean
+.PHONY: help demo serve test coverage chaos mutants bench lint format lock clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
@@ -31,6 +31,9 @@ chaos: .venv/.installed-dev ## real daemons under every fault for MINUTES=30; SE
 mutants: .venv/.installed-dev ## takes the guards of the invariants out one by one: a test must notice each
 	@PYTHONPATH=tests $(VENV_PYTHON) tests/mutants.py $(ONLY)
 
+bench: .venv/.installed-bench ## measures against references in the same run, alternating; NAMES="pipeline receipts", RUNS=5
+	@$(VENV_PYTHON) -m bench $(NAMES) --runs $(or $(RUNS),5)
+
 lint: .venv/.installed-dev ## ruff, mypy and the import rules
 	@$(VENV_PYTHON) -m ruff check
 	@$(VENV_PYTHON) -m ruff format --check
@@ -45,10 +48,11 @@ lock: ## resolve the newest versions that pyproject.toml takes (needs uv)
 	@command -v $(UV) >/dev/null || { echo "make lock: uv is not on the PATH: pip install uv" >&2; exit 1; }
 	$(COMPILE) --group dev --output-file requirements-dev.lock
 	$(COMPILE) --group build --constraints requirements-dev.lock --output-file requirements.lock
+	$(COMPILE) --group build --group bench --constraints requirements-dev.lock --output-file requirements-bench.lock
 
 clean: ## back to a fresh checkout; the data in ~/.smsd stays
 	rm -rf .venv build dist .coverage* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
-	find smsd tests -type d -name __pycache__ -prune -exec rm -rf {} +
+	find smsd tests bench -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # $(call install,LOCK): what the lock names, by hash, then this checkout itself, editable.
 define install
@@ -66,6 +70,10 @@ endef
 .venv/.installed-dev: requirements-dev.lock pyproject.toml $(VENV_PYTHON)
 	$(call install,requirements-dev.lock)
 	@touch .venv/.installed
+
+# Beside what is installed already: the versions that both locks have are the same.
+.venv/.installed-bench: requirements-bench.lock pyproject.toml $(VENV_PYTHON)
+	$(call install,requirements-bench.lock)
 
 $(VENV_PYTHON):
 	@bare=; for python in $(PYTHON); do \

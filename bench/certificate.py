@@ -1,19 +1,18 @@
-"""What a certificate costs: `python bench/certificate.py [messages]` (100,000).
+"""What a certificate costs: a campaign of delivered messages, read as the daemon reads it, in our own process.
 
-A campaign of delivered messages is written straight into the tables of an embedded Postgres, then read as the daemon
-reads it: once for the sums and the hash, once with the lines going to a file.
+Once for the sums and the hash alone, once with the lines going to a file, as `messages.csv` does it.
 """
 
 import asyncio
-import resource
-import sys
-import tempfile
+import os
 import time
-from pathlib import Path
+from functools import partial
 
-from smsd import certificates, database, embedded
+from bench.common import Machine, Options, alternate, forget_peak, memory_of, report
+from smsd import certificates, database
 from smsd.database import Connection
 
+MESSAGES, QUICK_MESSAGES = 100_000, 1_000
 FILL = """
 with t as (insert into traffic_account (name, provider_id) values ('bench', 'bench') returning id),
 tenant_ as (insert into tenant (name, account_id) select 'bench', id from t returning id, account_id),
@@ -32,17 +31,32 @@ select id from c
 """
 
 
-async def ticks(gaps: list[float]) -> None:
-    """How much the event loop computes before somebody has a turn who wants one every millisecond."""
-    while True:
-        started = time.thread_time()
-        await asyncio.sleep(0.001)
-        gaps.append(time.thread_time() - started)
+async def run(machine: Machine, options: Options) -> None:
+    """The benchmark; neither variant is the other's reference."""
+    n = next(iter(options.messages), QUICK_MESSAGES if options.quick else MESSAGES)
+    async with machine.database() as dsn:
+        connection = await database.connect(dsn)
+        try:
+            campaign_id = await connection.fetchval(FILL, n)
+            variants = {
+                "certificate": partial(issue, connection, campaign_id, lines=False),
+                "messages.csv": partial(issue, connection, campaign_id, lines=True),
+            }
+            results = await alternate(variants, options.runs, machine.settle)
+        finally:
+            await connection.close()
+    report(
+        "certificate", results, machine, options, title=f"The certificate of {n:,} messages",
+        settings={"messages": n},
+    )  # fmt: skip
 
 
-async def measure(db: Connection, campaign_id: int, name: str, *, lines: bool) -> None:
+async def issue(db: Connection, campaign_id: int, *, lines: bool) -> dict[str, float]:
+    """One certificate and what it took."""
     gaps: list[float] = []
-    ticking = asyncio.create_task(ticks(gaps))
+    ticking = asyncio.create_task(_tick(gaps))
+    forget_peak(os.getpid())
+    before = memory_of(os.getpid(), "VmRSS")
     wall, cpu = time.perf_counter(), time.process_time()
     async with certificates.scratch() as file, certificates.snapshot(db):
         tenant_id = await certificates.owner(db, campaign_id)
@@ -52,26 +66,18 @@ async def measure(db: Connection, campaign_id: int, name: str, *, lines: bool) -
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     ticking.cancel()
     assert found is not None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    print(
-        f"{name:12} {found.totals.total:>9,} lines, {size:>11,} bytes: {wall:5.1f} s, {cpu:5.1f} s of CPU, "
-        f"peak RSS {peak} MB, at most {max(gaps) * 1000:.1f} ms of it between two turns"
-    )
+    return {
+        "seconds": wall,
+        "CPU s": cpu,
+        "more memory at the peak, MB": (memory_of(os.getpid(), "VmHWM") - before) / 1e6,
+        "longest turn ms": max(gaps) * 1000,
+        "bytes of lines": size,
+    }
 
 
-async def main(messages: int) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        server = embedded.Postgres(Path(folder) / "postgres")
-        dsn = await server.start()
-        try:
-            await database.migrate(dsn)
-            connection = await database.connect(dsn)
-            campaign_id = await connection.fetchval(FILL, messages)
-            await measure(connection, campaign_id, "certificate", lines=False)
-            await measure(connection, campaign_id, "messages.csv", lines=True)
-            await connection.close()
-        finally:
-            await server.stop()
-
-
-asyncio.run(main(int(sys.argv[1]) if len(sys.argv) > 1 else 100_000))
+async def _tick(gaps: list[float]) -> None:
+    """How much the event loop computes before somebody has a turn who wants one every millisecond."""
+    while True:
+        started = time.thread_time()
+        await asyncio.sleep(0.001)
+        gaps.append(time.thread_time() - started)

@@ -31,9 +31,18 @@ class WrongStatus(Exception):  # noqa: N818 - a fact, not a fault
         self.status = status
 
 
+class MessagesRemoved(Exception):  # noqa: N818 - likewise
+    """Retention has removed the campaign's messages, or is about to."""
+
+    def __init__(self, removed_at: datetime) -> None:
+        super().__init__(f"its messages were removed at {removed_at:%Y-%m-%d %H:%M:%S}Z")
+        self.removed_at = removed_at
+
+
 @dataclass(frozen=True, slots=True)
 class Campaign:
-    """One campaign as its row stands. Without lists and filters it is for all subscribed contacts."""
+    """One campaign as its row stands. Without lists and filters it is for all subscribed contacts. `removed_at`: since
+    when its messages are gone."""
 
     id: int
     tenant_id: int
@@ -54,6 +63,7 @@ class Campaign:
     scheduled_at: datetime | None
     started_at: datetime | None
     finished_at: datetime | None
+    removed_at: datetime | None
 
     @property
     def unsent(self) -> bool:
@@ -299,9 +309,11 @@ class Retry(NamedTuple):
 
 
 async def retry_failed(db: Connection, campaign: Campaign) -> Retry:
-    """Queues again what was certainly refused, of a locked campaign. Raises WrongStatus."""
+    """Queues again what was certainly refused, of a locked campaign. Raises WrongStatus, MessagesRemoved."""
     if campaign.unsent or campaign.status == CampaignStatus.CANCELLED:
         raise WrongStatus(campaign.status)
+    if campaign.removed_at is not None:
+        raise MessagesRemoved(campaign.removed_at)
     row = await db.fetchrow(SQL["retry_failed"], campaign.id)
     assert row is not None
     return Retry(**row)

@@ -13,12 +13,12 @@ import io
 import tempfile
 import textwrap
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
-from smsd import campaigns, database, messages, text
+from smsd import campaigns, database, messages
 from smsd.campaigns import Campaign, Progress, Totals
 from smsd.database import Connection
 from smsd.messages import Line
@@ -68,7 +68,8 @@ class Credits(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Certificate:
     """The account of a campaign at one moment. `final`: it is over, so nothing is queued or processing; what is
-    pending or unknown may still move. `reasons`: part → reason → messages. `sha256`: of all lines, in hex."""
+    pending or unknown may still move. `reasons`: part → reason → messages. `erased`: lines of persons who had
+    themselves forgotten. `sha256`: of all lines, in hex."""
 
     progress: Progress
     final: bool
@@ -76,6 +77,7 @@ class Certificate:
     reasons: dict[str, dict[str, int]]
     segments: int
     credits: Credits
+    erased: int
     sha256: str
 
     @property
@@ -123,13 +125,20 @@ async def owner(db: Connection, campaign_id: int) -> int | None:
 async def issue(
     db: Connection, tenant_id: int, campaign_id: int, file: BinaryIO | None = None
 ) -> Certificate | None:
-    """The certificate of a tenant's campaign, inside a `snapshot`; its lines go to the end of `file`. None: no such
-    campaign. Raises WrongStatus before it was enqueued, Unaccounted, NoRoom."""
+    """The certificate of a tenant's campaign, inside a `snapshot`; its lines go to the end of `file`. The one that was
+    kept, once its messages are removed. None: no such campaign. Raises WrongStatus before it was enqueued,
+    MessagesRemoved where the lines are wanted, Unaccounted, NoRoom."""
     progress = await campaigns.totals(db, tenant_id, campaign_id)
     if progress is None:
         return None
     if progress.campaign.unsent:
         raise campaigns.WrongStatus(progress.campaign.status)
+    if progress.campaign.removed_at is not None:
+        if file is not None:
+            raise campaigns.MessagesRemoved(progress.campaign.removed_at)
+        stored = await db.fetchval(SQL["kept"], campaign_id, tenant_id)
+        if stored is not None:
+            return _as_kept(progress, stored)
     tally, digest = _Tally(), hashlib.sha256()
     async for page in _pages(db, campaign_id):
         data = encode(page)
@@ -140,6 +149,7 @@ async def issue(
     moved = await db.fetchrow(SQL["moved"], campaign_id)
     assert moved is not None
     totals = tally.totals()
+    reserved = moved["held"] - moved["released"] - moved["spent"]
     return Certificate(
         progress=progress,
         final=progress.campaign.status in _OVER and not totals.queued and not totals.processing,
@@ -150,17 +160,46 @@ async def issue(
             held=moved["held"],
             spent=totals.spent,
             released=moved["released"],
-            reserved=moved["held"] - moved["released"] - moved["spent"],
+            reserved=reserved,
             unknown=tally.worth("unknown"),
             overdue=totals.spent - moved["spent"],
         ),
+        erased=tally.erased,
         sha256=digest.hexdigest(),
+    )
+
+
+def kept(certificate: Certificate) -> dict[str, Any]:
+    """What has to be stored of a final certificate when the messages go; what is held for unknown ones is released
+    with them."""
+    money = certificate.credits
+    settled = money._replace(released=money.released + money.reserved, reserved=0, unknown=0)
+    return {
+        "format": FORMAT, "at": certificate.progress.now.isoformat(), "totals": asdict(certificate.totals),
+        "reasons": certificate.reasons, "segments": certificate.segments, "credits": settled._asdict(),
+        "erased": certificate.erased, "sha256": certificate.sha256,
+    }  # fmt: skip
+
+
+def _as_kept(progress: Progress, stored: Mapping[str, Any]) -> Certificate:
+    return Certificate(
+        progress=replace(progress, now=datetime.fromisoformat(stored["at"])),
+        final=True,
+        totals=Totals(**stored["totals"]),
+        reasons=stored["reasons"],
+        segments=stored["segments"],
+        credits=Credits(**stored["credits"]),
+        erased=stored["erased"],
+        sha256=stored["sha256"],
     )
 
 
 async def spool(db: Connection, campaign_id: int, file: BinaryIO, status: str | None = None) -> str:
     """Writes a campaign's lines to the end of `file`, or those in one status, inside a `snapshot`; returns their
-    hash. Raises NoRoom."""
+    hash. Raises MessagesRemoved, NoRoom."""
+    removed_at = await db.fetchval(SQL["removed_at"], campaign_id)
+    if removed_at is not None:
+        raise campaigns.MessagesRemoved(removed_at)
     digest = hashlib.sha256()
     async for page in _pages(db, campaign_id):
         data = encode(page if status is None else [one for one in page if one.status == status])
@@ -198,6 +237,7 @@ class _Tally:
         self.lines: Counter[tuple[str, str | None]] = Counter()
         self.segments: Counter[tuple[str, str | None]] = Counter()
         self.spent = 0
+        self.erased = 0
 
     def add(self, page: Iterable[Line]) -> None:
         for line in page:
@@ -205,6 +245,7 @@ class _Tally:
             self.lines[key] += 1
             self.segments[key] += line.segments
             self.spent += line.credits
+            self.erased += line.erased
 
     def totals(self) -> Totals:
         names = [field.name for field in fields(Totals) if field.name != "spent"]
@@ -217,7 +258,7 @@ class _Tally:
         found: dict[str, dict[str, int]] = {part: {} for part in EXPLAINED}
         for (part, reason), n in sorted(self.lines.items(), key=str):
             if part in found and reason is not None:
-                found[part][reason] = n
+                found[part][str(reason)] = n
         return found
 
     def worth(self, part: str) -> int:
@@ -245,7 +286,7 @@ def encode(page: Sequence[Line]) -> bytes:
     out = io.StringIO()
     csv.writer(out, lineterminator="\n").writerows(
         (
-            line.id, None if line.phone is None else text.plus(line.phone), line.status, line.reason,
+            line.id, messages.addressee(line), line.status, line.reason,
             _harmless(line.detail), line.segments, line.credits, _harmless(line.provider_id),
             _iso(line.accepted_at), _iso(line.finished_at),
         )
@@ -309,7 +350,7 @@ def _figures(certificate: Certificate) -> list[tuple[str, int]]:
         ("  no receipt yet", sums.pending), *why("pending"),
         ("refused", sums.refused), *why("refused"), ("unknown", sums.unknown), *why("unknown"),
         ("cancelled", sums.cancelled), ("skipped", sums.skipped), *why("skipped"),
-        ("segments", certificate.segments), ("credits held", money.held), ("  spent", money.spent),
+        *([("erased", certificate.erased)] if certificate.erased else []), ("segments", certificate.segments), ("credits held", money.held), ("  spent", money.spent),
         ("  released", money.released), ("  still held", money.reserved),
         ("    for unknown", money.unknown), *([("  overdue", money.overdue)] if money.overdue else []),
     ]  # fmt: skip

@@ -80,6 +80,12 @@ class Settings(BaseSettings):
     unknown_after: float = Field(
         900, gt=0, description="seconds until an unknown message waits for a person"
     )
+    retention_days: float = Field(
+        90,
+        ge=0,
+        le=36_500,
+        description="days that messages are kept after their campaign ended; fractions too; 0 keeps all",
+    )
     pool_size: int = Field(10, ge=4, le=200, description="connections to Postgres")
     shutdown_seconds: float = Field(
         30, gt=0, le=3600, description="budget of an orderly stop; at least the time-out + 5"

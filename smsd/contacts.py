@@ -200,6 +200,26 @@ async def delete(db: Connection, tenant_id: int, contact_id: int) -> bool:
     return True
 
 
+class NotNow(Exception):  # noqa: N818 - a fact, not a fault
+    """A contact cannot be erased at this moment. `why`: importing | in_flight."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(why)
+        self.why = why
+
+
+async def erase(db: Connection, tenant_id: int, contact_id: int) -> int | None:
+    """Forgets the person: contact, lists, uploads, and number and text of all messages, which stay as sums; what waits
+    is not sent. Of how many messages; None: no such contact. Raises NotNow, for the caller to roll back."""
+    row = await db.fetchrow(SQL["erase_contact"], tenant_id, contact_id)
+    assert row is not None
+    if row["outcome"] == "absent":
+        return None
+    if row["outcome"] != "erased":
+        raise NotNow(row["outcome"])
+    return int(row["messages"])
+
+
 async def _show(db: Executor, tenant_id: int, ids: Sequence[int]) -> list[Contact]:
     return [Contact(**row) for row in await db.fetch(SQL["show_contacts"], tenant_id, ids)]
 

@@ -37,6 +37,7 @@ from smsd.housekeeping import Housekeeping
 from smsd.importer import Importer
 from smsd.receipts import Inbox
 from smsd.resolver import Resolver
+from smsd.retention import Retention
 from smsd.sender import Sender
 
 log = structlog.get_logger()
@@ -117,6 +118,7 @@ async def serve(
             "housekeeping": housekeeping.keep(),
             "receipts": inbox.run(),
             "early receipts": receipts.sweep(pool),
+            "retention": Retention(pool, settings.retention_days).run(),
             "expander": expander.run(),
             "importer": importer.run(),
             "sender": sender.run(),

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 from smsd import database
 from smsd.database import Connection, Executor
-from smsd.mitto import Fetched, ItemResult
+from smsd.mitto import Fetched
 
 SQL = database.queries("evidence")
 
@@ -199,31 +199,6 @@ async def accept(db: Executor, match: Candidate, provider_id: str) -> bool:
 
 
 # --------------------------------------------------------------------------------- answers out of order
-
-
-async def settle_unmapped(
-    db: Executor,
-    batch_id: int,
-    attempt: int,
-    items: Sequence[ItemResult],
-    bulk_id: str | None,
-    status: int | None,
-) -> bool:
-    """Like `queue.settle_items` for an answer of which nobody knows which id is whose: with an id for each, all are
-    accepted, else all unknown; the ids are kept to be asked about. False after a newer attempt."""
-    return bool(
-        await db.fetchval(
-            SQL["settle_unmapped"],
-            batch_id,
-            attempt,
-            [item.message_id for item in items],
-            [int(item.state) for item in items],
-            [item.provider_id for item in items],
-            [item.detail for item in items],
-            bulk_id,
-            status,
-        )
-    )
 
 
 async def map_id(db: Executor, provider_id: str, destination: int) -> bool:

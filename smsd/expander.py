@@ -6,6 +6,7 @@ campaign of ten. Texts are rendered here, once; no transaction is open while the
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import structlog
 
@@ -21,6 +22,9 @@ log = structlog.get_logger()
 FIRST_CHUNK, CHUNK = 2_000, 10_000
 ROWS_BETWEEN_YIELDS = 250
 SLOW_LOOK_SECONDS = 1.0
+_LINK, _UNSUBSCRIBE = text.tag_key(text.LINK_TAG), text.tag_key(text.UNSUBSCRIBE_TAG)
+_PHONE = "phone"
+_OWN = {_LINK, _UNSUBSCRIBE, _PHONE}
 
 
 class Renderer:
@@ -39,7 +43,10 @@ class Renderer:
         self._template = template
         self._keys, self._base = keys, link_base
         self._tenant_id, self._campaign_id, self._link_url = tenant_id, campaign_id, link_url
-        self._wants_unsubscribe = text.tag_key(text.UNSUBSCRIBE_TAG) in template.tags
+        tags = set(template.tags)
+        self._wants_unsubscribe = _UNSUBSCRIBE in tags
+        self._columns = [(key, column) for key, column in contacts.COLUMNS.items() if key in tags]
+        self._of_attributes = tags - _OWN
 
     def render(self, recipient: Record | Mapping[str, object]) -> Rendered | Skipped:
         """The recipient's text, or why there is none. Takes a row of an audience or recipient page."""
@@ -63,21 +70,22 @@ class Renderer:
         return Rendered(phone, rendered, segments)
 
     def values(self, recipient: Record | Mapping[str, object], phone: int) -> dict[str, str | None]:
-        """What merge tags stand for, by `text.tag_key`: attributes first, so that a column of the contact wins."""
+        """What the template's merge tags stand for, by `text.tag_key`: attributes first, so that a column of the contact
+        wins. A tag that is not there has no value at all."""
+        values: dict[str, str | None] = {_LINK: self._link_url}
         attributes = recipient["attributes"]
-        assert isinstance(attributes, dict)
-        values = {
-            text.tag_key(name): None if v is None else str(v) for name, v in attributes.items()
-        }
-        for key, column in contacts.COLUMNS.items():
-            value = recipient.get(column)
-            if value is not None:
+        if attributes and self._of_attributes:
+            assert isinstance(attributes, dict)
+            for name, value in attributes.items():
+                if (key := text.tag_key(name)) in self._of_attributes:
+                    values[key] = None if value is None else str(value)
+        for key, column in self._columns:
+            if (value := recipient.get(column)) is not None:
                 values[key] = str(value)
-        values["phone"] = text.plus(phone)
-        values[text.tag_key(text.LINK_TAG)] = self._link_url
+        values[_PHONE] = text.plus(phone)
         if self._wants_unsubscribe:
             token = text.sign_unsubscribe(self._keys[0], self._tenant_id, self._campaign_id, phone)
-            values[text.tag_key(text.UNSUBSCRIBE_TAG)] = f"{self._base}/u/{token}"
+            values[_UNSUBSCRIBE] = f"{self._base}/u/{token}"
         return values
 
 
@@ -89,6 +97,8 @@ class Expander:
     ) -> None:
         self._pool, self._standing, self._keys, self._base = pool, standing, keys, link_base
         self._news = asyncio.Event()
+        self._served = 0
+        self._ahead: tuple[Expansion, asyncio.Task[Chunk]] | None = None
 
     def wake(self) -> None:
         """News: a campaign was enqueued or resumed."""
@@ -96,18 +106,24 @@ class Expander:
 
     async def run(self) -> None:
         """Writes chunk after chunk until cancelled."""
-        while True:
-            self._news.clear()
-            try:
-                if self._standing.replica_id and await self.expand_one():
-                    continue
-            except database.AWAY as error:
-                log.warning("expansion.failed", error=repr(error))
-            except Exception as error:  # of the look at what runs: a campaign's own fault pauses it
-                log.error(
-                    "expansion.failed", error=type(error).__name__, stack=telemetry.stack_of(error)
-                )
-            await first_of(SLOW_LOOK_SECONDS, self._news)
+        try:
+            while True:
+                self._news.clear()
+                if not await self._expand_some():
+                    self._drop_ahead()
+                    await first_of(SLOW_LOOK_SECONDS, self._news)
+        finally:
+            self._drop_ahead()
+
+    async def _expand_some(self) -> bool:
+        try:
+            return bool(self._standing.replica_id) and await self.expand_one()
+        except database.AWAY as error:
+            log.warning("expansion.failed", error=repr(error))
+        except Exception as error:  # of the look at what runs: a campaign's own fault pauses it
+            stack = telemetry.stack_of(error)
+            log.error("expansion.failed", error=type(error).__name__, stack=stack)
+        return False
 
     async def expand_one(self) -> bool:
         """Writes one chunk of the expansion whose turn it is. False: nothing runs."""
@@ -117,8 +133,9 @@ class Expander:
             return False
         bound = log.bind(tenant=expansion.tenant_id, campaign=expansion.campaign_id)
         try:
-            chunk = await self._read(expansion)
+            chunk = await self._next(expansion)
             faults.point("chunk.writing")
+            self._read_ahead(expansion, chunk)
             first_id = await expansions.commit(self._pool, expansion, chunk, replica_id)
         except expansions.OutOfCredits as short:
             bound.warning("expansion.out_of_credits", detail=str(short))
@@ -146,6 +163,31 @@ class Expander:
             last=chunk.last,
         )  # fmt: skip
         return True
+
+    async def _next(self, expansion: Expansion) -> Chunk:
+        """The chunk at the expansion's cursor, which may have been read ahead."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0].place == expansion.place:
+            return await ahead[1]
+        if ahead is not None:
+            ahead[1].cancel()
+        return await self._read(expansion)
+
+    def _read_ahead(self, expansion: Expansion, chunk: Chunk) -> None:
+        """Reads the next chunk while this one is written; not where expansions take turns, as it would be dropped."""
+        if not chunk.last and expansion.campaign_id == self._served:
+            next_ = replace(expansion, cursor=chunk.cursor, read=expansion.read + chunk.read)
+            task = asyncio.create_task(self._read(next_), name="chunk ahead")
+            task.add_done_callback(
+                lambda done: done.cancelled() or done.exception()
+            )  # even if dropped
+            self._ahead = next_, task
+        self._served = expansion.campaign_id
+
+    def _drop_ahead(self) -> None:
+        if self._ahead is not None:
+            self._ahead[1].cancel()
+            self._ahead = None
 
     async def _read(self, expansion: Expansion) -> Chunk:
         limit = CHUNK if expansion.read else FIRST_CHUNK

@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from typing import NamedTuple
 
+import asyncpg
+
 from smsd import database
 from smsd.database import Connection, Executor, Pool
 from smsd.model import MessageState, Reason
 
 SQL = database.queries("expansions")
 
-_COPY_ROWS = 2_500  # asyncpg encodes a whole call before it yields to the event loop
+_COPY_ROWS = 1_000  # asyncpg encodes a whole call before it yields to the event loop
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,7 @@ class Expansion:
     batch_size: int
     highest_id: int
     cursor: int
+    rereads: int
     read: int
     of: int
     list_ids: list[int]
@@ -41,6 +44,11 @@ class Expansion:
     filter_age_group: str | None
     link_url: str | None
     account_id: int
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """Whose, where its next chunk begins, and how often what was read had to be forgotten."""
+        return self.campaign_id, self.cursor, self.rereads
 
 
 class Rendered(NamedTuple):
@@ -109,8 +117,13 @@ async def commit(pool: Pool, expansion: Expansion, chunk: Chunk, replica_id: int
         )  # fmt: skip
         if moved is None:
             return None
-        rendered, skipped = await _without_present(connection, expansion, chunk)
-        first_id = await _copy_messages(connection, expansion, rendered, skipped)
+        rendered, skipped = chunk.rendered, chunk.skipped
+        try:  # nearly always all are new; the unique index tells where not
+            async with connection.transaction():
+                first_id = await _copy_messages(connection, expansion, rendered, skipped)
+        except asyncpg.UniqueViolationError:
+            rendered, skipped = await _without_present(connection, expansion, chunk)
+            first_id = await _copy_messages(connection, expansion, rendered, skipped)
         await _add_batches(connection, expansion, rendered, first_id)
         if skipped:
             await connection.execute(SQL["count_skipped"], expansion.campaign_id, len(skipped))

@@ -24,6 +24,8 @@ POINTS = (
     "chunk.written",  # committed, its lane not woken yet
     "receipts.writing",
     "receipts.written",  # committed, not answered yet
+    "retention.certified",  # a certificate was made and is not kept yet
+    "retention.piece",  # committed
 )
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 

@@ -9,7 +9,7 @@ from datetime import datetime
 from operator import itemgetter
 from typing import NamedTuple
 
-from smsd import database
+from smsd import database, text
 from smsd.database import Executor, Record
 from smsd.model import BatchState, MessageState, Reason
 
@@ -31,7 +31,8 @@ class Attempt(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One message as it is shown. `phone` is None where the recipient's number could not be read."""
+    """One message as it is shown. `phone` is None where the recipient's number could not be read, and where the person
+    was erased."""
 
     id: int
     campaign_id: int
@@ -48,6 +49,7 @@ class Message:
     created_at: datetime
     accepted_at: datetime | None
     finished_at: datetime | None
+    erased: bool
 
 
 class Line(NamedTuple):
@@ -63,6 +65,7 @@ class Line(NamedTuple):
     provider_id: str | None
     accepted_at: datetime | None
     finished_at: datetime | None
+    erased: bool = False
 
     @property
     def credits(self) -> int:
@@ -85,6 +88,17 @@ class Batch:
     not_before: datetime | None
     created_at: datetime
     done_at: datetime | None
+
+
+ERASED = "erased"
+"""What stands for the number of a person who was erased."""
+
+
+def addressee(one: Message | Line) -> str | None:
+    """Whom a message is shown to be to."""
+    if one.erased:
+        return ERASED
+    return None if one.phone is None else text.plus(one.phone)
 
 
 # -------------------------------------------------------------------------------------------- pages
@@ -234,7 +248,7 @@ def _message(row: Record, attempts: tuple[Attempt, ...]) -> Message:
     return Message(
         id=row["id"],
         campaign_id=row["campaign_id"],
-        phone=row["phone"],
+        phone=_phone(row),
         text=row["text"],
         segments=row["segments"],
         status=row["status"],
@@ -247,6 +261,7 @@ def _message(row: Record, attempts: tuple[Attempt, ...]) -> Message:
         created_at=row["created_at"],
         accepted_at=_accepted_at(row),
         finished_at=_finished_at(row),
+        erased=_erased(row),
     )
 
 
@@ -255,9 +270,19 @@ def _line(row: Record, tried: Sequence[Record]) -> Line:
     if reason is None and row["own_state"] is None:
         reason = _batchs_reason(row, _story(row, tried))
     return Line(
-        row["id"], row["phone"], row["status"], row["own_state"], reason, row["detail"],
-        row["segments"], row["provider_id"], _accepted_at(row), _finished_at(row),
+        row["id"], _phone(row), row["status"], row["own_state"], reason, row["detail"],
+        row["segments"], row["provider_id"], _accepted_at(row), _finished_at(row), _erased(row),
     )  # fmt: skip
+
+
+def _erased(row: Record) -> bool:
+    """Whose person was erased stands under a number below zero, which says nothing."""
+    return row["phone"] is not None and row["phone"] < 0
+
+
+def _phone(row: Record) -> int | None:
+    phone: int | None = row["phone"]
+    return None if _erased(row) else phone
 
 
 def _accepted(own_state: int | None) -> bool:

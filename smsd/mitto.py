@@ -187,7 +187,10 @@ def _fields(value: object) -> dict[str, Any]:
 
 
 def _first(fields: Mapping[str, Any], names: Sequence[str]) -> Any:
-    return next((fields[name] for name in names if name in fields), None)
+    for name in names:
+        if name in fields:
+            return fields[name]
+    return None
 
 
 def _identifier(value: object) -> str | None:
@@ -502,15 +505,18 @@ def encode(account: Account, items: Sequence[Item]) -> bytes:
     """The body of a POST: the element itself for one item, `{"messages": […]}` for more."""
     if not items:
         raise ValueError("there is nothing to post")
-    elements = [
+    provider_id = account.provider_id
+    elements: list[dict[str, object]] = [
         {
-            "trafficAccountId": account.provider_id,
+            "trafficAccountId": provider_id,
             "destination": f"+{item.phone}",
             "sms": {"text": item.text, "sender": item.sender},
-            **({} if item.reference is None else {"reference": item.reference}),
         }
         for item in items
     ]
+    for element, item in zip(elements, items, strict=True):
+        if item.reference is not None:
+            element["reference"] = item.reference
     return orjson.dumps(elements[0] if len(elements) == 1 else {"messages": elements})
 
 

@@ -75,6 +75,7 @@ class Reason(StrEnum):
     VERDICT_FAILED = "verdict_failed"  # a person said that Mitto did not
     DELIVERY_FAILED = "delivery_failed"
     CAMPAIGN_CANCELLED = "campaign_cancelled"
+    ERASED = "erased"  # the person asked to be forgotten before it was sent
 
 
 SEGMENTS_MOST = 10

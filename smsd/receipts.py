@@ -69,12 +69,16 @@ class Inbox:
             return 0
         if self._count > WAITING_MOST:
             raise Full(f"{self._count} receipts wait for Postgres")
-        one = _Put(receipts, raw, asyncio.get_running_loop().create_future())
+        loop = asyncio.get_running_loop()
+        one = _Put(receipts, raw, loop.create_future())
         self._waiting.append(one)
         self._count += len(one)
         self._news.set()
-        async with asyncio.timeout(self._answer_seconds):
+        too_late = loop.call_later(self._answer_seconds, _refuse, [one], TimeoutError())
+        try:
             return await one.future
+        finally:
+            too_late.cancel()
 
     async def run(self) -> None:
         """Writes groups until cancelled."""

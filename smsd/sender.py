@@ -396,7 +396,7 @@ class Sender:
         if self._order_holds is not None:
             known = account.row.capabilities.get("orderKept")
             if not await self._order_holds(credentials, known, intent.phones, result.items):
-                settle = evidence.settle_unmapped
+                settle = queue.settle_unmapped
         try:
             written = await database.until_written(
                 lambda: settle(

@@ -110,6 +110,7 @@ class MissingValue(Exception):  # noqa: N818 - reads as what it says
 
 
 @lru_cache(maxsize=4096)
+@lru_cache(maxsize=4096)  # the same few names for every recipient
 def tag_key(name: str) -> str:
     """The key that all spellings of a name share: first_name, firstName and "First name".
 
@@ -360,6 +361,7 @@ def _phone_bytes(phone: int) -> bytes:
     return phone.to_bytes((phone.bit_length() + 7) // 8, "big")
 
 
+@lru_cache(maxsize=1024)  # tenant and campaign of one token after the other
 def _varint(value: int) -> bytes:
     """Seven bits a byte, lowest first; the top bit says that more follow."""
     if value < 0x80:

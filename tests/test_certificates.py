@@ -417,7 +417,7 @@ async def test_the_certificate_adds_up_and_its_hash_is_that_of_the_file(
 
 @pytest.mark.skipif(not shutil.which("curl"), reason="no curl here")
 async def test_a_stranger_gets_hash_and_counts_with_standard_tools(
-    me: TenantCaller, mine: Shop
+    me: TenantCaller, mine: Shop, tmp_path: Path
 ) -> None:
     campaign_id, _ = await one_of_each(mine)
     await add_refused_numbers(mine, "=1+1", "two\nlines")
@@ -428,7 +428,9 @@ async def test_a_stranger_gets_hash_and_counts_with_standard_tools(
             f"curl -sf -H 'Authorization: Bearer {me.key}' {me.client.make_url(path)}/messages.csv"
         )
         tools = f"{fetch} | tail -n +2 | tee lines | sha256sum; wc -l < lines; cut -d, -f3 lines | sort | uniq -c"
-        process = await asyncio.create_subprocess_shell(tools, stdout=asyncio.subprocess.PIPE)
+        process = await asyncio.create_subprocess_shell(
+            tools, stdout=asyncio.subprocess.PIPE, cwd=tmp_path
+        )
         out, _ = await process.communicate()
         digest, lines, *counts = out.decode().splitlines()
         assert digest.split() == [answer["sha256"], "-"]

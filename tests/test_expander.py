@@ -106,6 +106,29 @@ async def test_every_contact_gets_one_message_with_its_own_text(shop: Shop) -> N
     assert (progress.expanded, progress.read, progress.totals.queued) == (True, count, count)
 
 
+async def test_what_was_read_ahead_of_somebody_s_erasure_is_read_again(shop: Shop) -> None:
+    count = FIRST_CHUNK + CHUNK + 2
+    await add_contacts(shop, count)
+    campaign_id = await begin(shop, "Hi {{firstName}}", count)
+    expander = expander_of(shop)
+    assert await expander.expand_one()
+    assert await expander.expand_one()
+    assert expander._ahead is not None
+    ahead = await expander._ahead[1]
+    erased = 306900000000 + count - 1
+    assert erased in [one.phone for one in ahead.rendered]
+    outcome = await shop.pool.fetchval(
+        "select outcome from contact c, erase_contact(c.tenant_id, c.id) where c.phone = $1", erased
+    )
+    assert outcome == "erased"
+
+    while await expander.expand_one():
+        pass
+    phones = await shop.pool.fetch("select phone from message where campaign_id = $1", campaign_id)
+    assert len(phones) == count - 1
+    assert erased not in [row["phone"] for row in phones]
+
+
 @pytest.mark.parametrize("count", [FIRST_CHUNK, FIRST_CHUNK - 1, FIRST_CHUNK + 1])
 async def test_an_audience_as_large_as_a_chunk_is_read_to_its_end(shop: Shop, count: int) -> None:
     await add_contacts(shop, count)

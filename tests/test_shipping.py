@@ -104,7 +104,8 @@ def pins(lock: str) -> dict[str, str]:
     found = dict[str, str]()
     for line in text.replace("\\\n", "").splitlines():
         if line.strip() and not line.lstrip().startswith("#"):
-            name, version, rest = re.split(r"==| ", line, maxsplit=2)
+            bare = re.sub(r"\[.*?\]", "", line)  # extras
+            name, version, rest = re.split(r"==| ", bare, maxsplit=2)
             assert "--hash=sha256:" in rest, line
             found[name] = version
     return found
@@ -123,7 +124,11 @@ def requirements(*groups: str) -> list[Requirement]:
 
 @pytest.mark.parametrize(
     ("lock", "groups"),
-    [("requirements.lock", ("build",)), ("requirements-dev.lock", ("build", "dev"))],
+    [
+        ("requirements.lock", ("build",)),
+        ("requirements-dev.lock", ("build", "dev")),
+        ("requirements-bench.lock", ("build", "bench")),
+    ],
 )
 def test_a_lock_has_all_that_pyproject_asks_for(lock: str, groups: tuple[str, ...]) -> None:
     pinned = pins(lock)
@@ -136,10 +141,14 @@ def test_a_lock_has_all_that_pyproject_asks_for(lock: str, groups: tuple[str, ..
 
 
 def test_what_is_shipped_is_what_was_tested() -> None:
-    assert pins("requirements.lock").items() <= pins("requirements-dev.lock").items()
+    shipped = pins("requirements.lock").items()
+    assert shipped <= pins("requirements-dev.lock").items()
+    assert shipped <= pins("requirements-bench.lock").items()
 
 
-@pytest.mark.parametrize("lock", ["requirements.lock", "requirements-dev.lock"])
+@pytest.mark.parametrize(
+    "lock", ["requirements.lock", "requirements-dev.lock", "requirements-bench.lock"]
+)
 def test_a_lock_names_no_index_and_no_folder(lock: str) -> None:
     assert re.findall(r"\S*/\S*", (ROOT / lock).read_text()) == []
 

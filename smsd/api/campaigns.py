@@ -114,13 +114,19 @@ class CampaignAnswer(Model):
     scheduled_at: datetime | None
     started_at: datetime | None
     finished_at: datetime | None
+    messages_removed_at: datetime | None = Field(
+        description="Since when only totals and certificate are left of its messages"
+    )
     stats: Stats
 
 
 def _shape(campaign: Campaign, stats: campaigns.Stats) -> CampaignAnswer:
     values = asdict(campaign)
     del values["tenant_id"]
-    return CampaignAnswer(message_text=values.pop("text"), stats=Stats(**stats._asdict()), **values)
+    return CampaignAnswer(
+        message_text=values.pop("text"), messages_removed_at=values.pop("removed_at"),
+        stats=Stats(**stats._asdict()), **values,
+    )  # fmt: skip
 
 
 _LATER = ("template_id", "scheduled_at", "scheduled_date", "scheduled_time")

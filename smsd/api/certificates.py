@@ -11,7 +11,7 @@ from aiohttp import web
 from pydantic import Field
 
 from smsd import certificates
-from smsd.api.checks import campaign_of, refused
+from smsd.api.checks import campaign_of, kept, refused
 from smsd.api.endpoint import Endpoint, Model, Request
 from smsd.api.errors import ApiError, not_found
 from smsd.api.messages import MessageStatus
@@ -125,6 +125,12 @@ class CertificateAnswer(Model):
     credits: CertifiedCredits
     expansion: ExpansionAnswer
     lines: int = Field(description="Lines of messages.csv after the header: one a recipient")
+    erased: int = Field(
+        description="Lines whose recipient was erased: they say `erased` where the number stood"
+    )
+    messages_removed_at: datetime | None = Field(
+        description="Since when there are no lines any more; the hash is of what they were"
+    )
     sha256: str = Field(description="Of exactly the bytes of those lines, in hex")
     algorithm: Literal["SHA-256"]
     format: str = Field(description="Version of the format of the lines; see docs/certificate.md")
@@ -153,6 +159,8 @@ def shape(certificate: Certificate) -> CertificateAnswer:
         ),
         expansion=ExpansionAnswer(done=progress.expanded, read=progress.read, of=progress.of),
         lines=sums.total,
+        erased=certificate.erased,
+        messages_removed_at=campaign.removed_at,
         sha256=certificate.sha256,
         algorithm="SHA-256",
         format=certificates.FORMAT,
@@ -182,7 +190,7 @@ async def get_certificate(req: Request) -> CertificateAnswer:
 async def messages_csv(req: Request) -> web.StreamResponse:
     desk, status = req.raw.app[DESK], req.query.status
     await campaign_of(req)
-    with desk.seat(req.me.id):
+    with desk.seat(req.me.id), kept():
         try:
             async with certificates.scratch() as file:
                 file.write(certificates.HEADER)
@@ -226,5 +234,6 @@ ENDPOINTS = (
              errors=((409, "INVALID_STATUS"), (429, "TOO_MANY_DOWNLOADS"))),
     Endpoint("GET", _ONE + "/messages.csv", messages_csv, "tenant",
              "The lines of a campaign, one a recipient, by id", None, query=LinesQuery,
-             errors=((429, "TOO_MANY_DOWNLOADS"), (503, "NO_ROOM")), media_type="text/csv"),
+             errors=((410, "MESSAGES_REMOVED"), (429, "TOO_MANY_DOWNLOADS"), (503, "NO_ROOM")),
+             media_type="text/csv"),
 )  # fmt: skip

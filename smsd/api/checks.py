@@ -35,6 +35,28 @@ async def locked(req: Request) -> Campaign:
 
 
 @contextmanager
+def kept() -> Iterator[None]:
+    """Turns MessagesRemoved into 410 MESSAGES_REMOVED."""
+    try:
+        yield
+    except campaigns.MessagesRemoved as error:
+        raise ApiError(
+            410,
+            "MESSAGES_REMOVED",
+            f"{error}; the campaign's totals and its certificate are still there",
+            {"removedAt": error.removed_at},
+        ) from None
+
+
+def with_messages(campaign: Campaign) -> Campaign:
+    """The campaign; 410 if its messages are removed."""
+    with kept():
+        if campaign.removed_at is not None:
+            raise campaigns.MessagesRemoved(campaign.removed_at)
+    return campaign
+
+
+@contextmanager
 def refused(done: str) -> Iterator[None]:
     """Turns WrongStatus into 409 INVALID_STATUS."""
     try:

@@ -196,8 +196,31 @@ async def change_contact(req: Request) -> ContactAnswer:
     return _contact(contact)
 
 
+class DeleteQuery(Model):
+    """How thoroughly."""
+
+    erase: bool = Field(
+        False,
+        description="Forget the person: number and text of messages too; what waits is not sent",
+    )
+
+
+_NOT_NOW = {
+    "importing": "an import is under way, and its file may name this person; erase again when it has ended",
+    "in_flight": "a message to this person is being sent at this moment; erase again in some seconds",
+}
+
+
 async def delete_contact(req: Request) -> None:
-    if not await contacts.delete(req.connection, req.me.id, req.id):
+    if not req.query.erase:
+        found = await contacts.delete(req.connection, req.me.id, req.id)
+    else:
+        try:
+            found = await contacts.erase(req.connection, req.me.id, req.id) is not None
+        except contacts.NotNow as error:
+            raise ApiError(409, "ERASE_LATER", _NOT_NOW[error.why], {"reason": error.why}) from None
+        req.after_commit.append(lambda: req.ctx.nudge("housekeeping"))
+    if not found:
         raise not_found(f"contact {req.id}")
 
 
@@ -321,7 +344,7 @@ ENDPOINTS = (
     Endpoint("PATCH", _CONTACT, change_contact, "tenant", "Change what is sent of a contact", ContactAnswer,
              body=ContactChange, transaction=True, errors=_EXISTS),
     Endpoint("DELETE", _CONTACT, delete_contact, "tenant", "Delete a contact; an opt-out of its number stays", None,
-             204, transaction=True),
+             204, query=DeleteQuery, transaction=True, errors=((409, "ERASE_LATER"),)),
     Endpoint("POST", "/api/lists", create_list, "tenant", "New list", ListAnswer, 201, body=ListName,
              idempotent=True, errors=_LIST_EXISTS),
     Endpoint("GET", "/api/lists", list_lists, "tenant", "Lists by name", Listing[ListAnswer], query=Page),

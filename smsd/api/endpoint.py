@@ -8,11 +8,12 @@ status, an absent database into 503, a surprise into a logged 503. Handlers only
 import hashlib
 import math
 import re
+import secrets
 import time
 import traceback
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from hmac import compare_digest
 from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, Self, TypeVar, cast
 
@@ -44,7 +45,8 @@ _IDEMPOTENCY_KEY = re.compile(r"[!-~]{1,255}")
 _PATH_PARAMETER = re.compile(r"\{(\w+)\}")
 _REQUEST_ID = web.RequestKey("request_id", str)
 _TENANT = web.RequestKey("tenant", int)
-_QUIET = ("/healthz", "/readyz", "/metrics")
+_QUIET = {"/healthz", "/readyz", "/metrics", "/webhooks/mitto/dlr"}
+"""Routes that are called all the time: metrics count them, and the log has at its usual level what was refused."""
 
 # What Postgres says when somebody else holds a lock for too long, or two stood in each other's way.
 _BUSY = (asyncpg.LockNotAvailableError, asyncpg.TransactionRollbackError)
@@ -306,7 +308,7 @@ class Endpoint:
     body_limit: int = BODY_LIMIT
     media_type: str = "application/json"
 
-    @property
+    @cached_property
     def numbers(self) -> frozenset[str]:
         """The path parameters that are integers."""
         return frozenset(name for name in self.parameters if _is_number(name))
@@ -476,32 +478,33 @@ async def frame(
 ) -> web.StreamResponse:
     """Around every request: its id, its errors, its line in the log."""
     started = time.perf_counter()
-    given = _REQUEST_ID_CHARACTERS.sub("", request.headers.get("X-Request-Id", ""))[:128]
-    request[_REQUEST_ID] = given or uuid.uuid4().hex
-    with structlog.contextvars.bound_contextvars(request_id=request[_REQUEST_ID]):
-        try:
-            response = await handler(request)
-        except web.HTTPException as error:
-            response = _refuse(request, _from_http(request, error))
-        except ApiError as error:
-            response = _refuse(request, error)
-        except Exception as error:
-            response = _refuse(request, _from_surprise(error))
-        resource = request.match_info.route.resource
-        route = resource.canonical if resource else "(unknown)"
-        took = time.perf_counter() - started
-        method = request.method if resource else "(any)"
-        metrics.request_answered(method, route, response.status, took)
-        say = log.debug if route in _QUIET else log.info
-        say(
-            "request.answered",
-            method=request.method,
-            route=route,
-            status=response.status,
-            ms=round(took * 1000, 1),
-            tenant=request.get(_TENANT),
-        )
-        return response
+    given = request.headers.get("X-Request-Id")
+    request_id = _REQUEST_ID_CHARACTERS.sub("", given)[:128] if given else ""
+    request[_REQUEST_ID] = request_id or secrets.token_hex(16)
+    # Not undone: the next request of this connection's task has its own.
+    structlog.contextvars.bind_contextvars(request_id=request[_REQUEST_ID])
+    try:
+        response = await handler(request)
+    except web.HTTPException as error:
+        response = _refuse(request, _from_http(request, error))
+    except ApiError as error:
+        response = _refuse(request, error)
+    except Exception as error:
+        response = _refuse(request, _from_surprise(error))
+    resource = request.match_info.route.resource
+    route = resource.canonical if resource else "(unknown)"
+    took = time.perf_counter() - started
+    metrics.request_answered(request.method if resource else "(any)", route, response.status, took)
+    say = log.debug if route in _QUIET and response.status < 400 else log.info
+    say(
+        "request.answered",
+        method=request.method,
+        route=route,
+        status=response.status,
+        ms=round(took * 1000, 1),
+        tenant=request.get(_TENANT),
+    )
+    return response
 
 
 async def add_headers(request: web.BaseRequest, response: web.StreamResponse) -> None:

@@ -29,7 +29,7 @@ class ApiError(Exception):
     def body(self) -> bytes:
         """The answer's JSON."""
         answer = {"message": self.message, "code": self.code, "details": self.details}
-        return orjson.dumps(answer | self.extra, default=str)
+        return orjson.dumps(answer | self.extra, default=str, option=orjson.OPT_UTC_Z)
 
 
 def not_found(what: str) -> ApiError:

@@ -16,6 +16,7 @@ from smsd.api.checks import (
     insufficient,
     no_sender,
     read_phone,
+    with_messages,
 )
 from smsd.api.endpoint import Endpoint, Listing, Model, Page, Request
 from smsd.api.errors import invalid, not_found
@@ -40,7 +41,8 @@ class Attempt(Model):
 
 
 class Message(Model):
-    """One message. `to` is null where the recipient's number could not be read; `detail` has it then."""
+    """One message. `to` is null where the recipient's number could not be read; `detail` has it then. It is `erased`
+    where the person was erased."""
 
     id: int
     campaign_id: int | None = Field(description="null for single messages")
@@ -80,7 +82,7 @@ def shape(message: messages.Message) -> Message:
     return Message.model_construct(
         id=message.id,
         campaign_id=message.campaign_id or None,
-        to=None if message.phone is None else text.plus(message.phone),
+        to=messages.addressee(message),
         text=message.text,
         segments=message.segments,
         status=cast("MessageStatus", message.status),
@@ -120,7 +122,7 @@ class MessagesPage(Model):
 
 async def list_messages(req: Request) -> MessagesPage:
     query: MessagesQuery = req.query
-    await campaign_of(req)
+    with_messages(await campaign_of(req))
     phone = None if query.phone is None else read_phone(req, query.phone)
     found = await messages.page(
         req.db, req.id, query.status, phone, query.cursor, query.page_size + 1
@@ -134,7 +136,7 @@ async def list_messages(req: Request) -> MessagesPage:
 
 async def list_batches(req: Request) -> Listing[Batch]:
     page: Page = req.query
-    await campaign_of(req)
+    with_messages(await campaign_of(req))
     found, total = await messages.batches(req.db, req.id, page.page_size, page.offset)
     items = [Batch(n=one.size, **_without_size(one)) for one in found]
     return Listing[Batch](items=items, total=total, page=page.page, page_size=page.page_size)
@@ -235,11 +237,12 @@ async def _contacts_phone(req: Request) -> int:
     return contact.phone
 
 
+_REMOVED = ((410, "MESSAGES_REMOVED"),)
 ENDPOINTS = (
     Endpoint("GET", "/api/campaigns/{id}/messages", list_messages, "tenant", "Messages of a campaign",
-             MessagesPage, query=MessagesQuery),
+             MessagesPage, query=MessagesQuery, errors=_REMOVED),
     Endpoint("GET", "/api/campaigns/{id}/batches", list_batches, "tenant", "Batches of a campaign",
-             Listing[Batch], query=Page),
+             Listing[Batch], query=Page, errors=_REMOVED),
     Endpoint("POST", "/api/messages", send_message, "tenant", "Send one message", Queued, 202,
              body=NewMessage, idempotent=True,
              errors=((400, "NO_SENDER"), (402, "INSUFFICIENT_CREDITS"), (403, "INACTIVE_SUBSCRIPTION"))),

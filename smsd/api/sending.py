@@ -17,10 +17,12 @@ from smsd.api.checks import (
     campaign_of,
     inactive,
     insufficient,
+    kept,
     locked,
     no_sender,
     read_phone,
     refused,
+    with_messages,
 )
 from smsd.api.endpoint import Endpoint, Model, Request
 from smsd.api.errors import ApiError, invalid, not_found, shown
@@ -394,7 +396,7 @@ async def cancel(req: Request) -> Status:
 
 async def retry_failed(req: Request) -> Retried:
     tenant, campaign = await _locked_with_tenant(req)
-    with refused("retried"):
+    with refused("retried"), kept():
         retry = await campaigns.retry_failed(req.connection, campaign)
     if retry.retried and not tenant.active:
         raise inactive()
@@ -418,7 +420,7 @@ async def send_test(req: Request) -> Queued:
 
 
 async def refresh_status(req: Request) -> Refreshed:
-    campaign = await campaign_of(req)
+    campaign = with_messages(await campaign_of(req))
     waiting = await messages.refresh_page(req.db, campaign.id, REFRESH_MOST)
     result = await refresh.ask(req.ctx, [provider_id for _, provider_id in waiting])
     return Refreshed(
@@ -447,11 +449,12 @@ ENDPOINTS = (
              transaction=True, errors=_STATUS),
     Endpoint("POST", _ONE + "/retry-failed", retry_failed, "tenant", "Send again what was certainly refused", Retried,
              idempotent=True,
-             errors=(*_STATUS, (402, "INSUFFICIENT_CREDITS"), (403, "INACTIVE_SUBSCRIPTION"))),
+             errors=(*_STATUS, (402, "INSUFFICIENT_CREDITS"), (403, "INACTIVE_SUBSCRIPTION"), (410, "MESSAGES_REMOVED"))),
     Endpoint("POST", _ONE + "/test", send_test, "tenant", "Send the text to one number, with a sample's values",
              Queued, 202, body=TestMessage, idempotent=True,
              errors=((400, "NO_MESSAGE_TEXT"), (400, "NO_SENDER"), (402, "INSUFFICIENT_CREDITS"),
                      (403, "INACTIVE_SUBSCRIPTION"))),
     Endpoint("POST", _ONE + "/refresh-status", refresh_status, "tenant",
-             "Ask Mitto about up to 100 messages without a final receipt", Refreshed),
+             "Ask Mitto about up to 100 messages without a final receipt", Refreshed,
+             errors=((410, "MESSAGES_REMOVED"),)),
 )  # fmt: skip

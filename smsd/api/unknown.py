@@ -9,7 +9,7 @@ from typing import Literal, cast
 from pydantic import AwareDatetime, ConfigDict, Field
 
 from smsd import evidence
-from smsd.api.checks import campaign_of, locked
+from smsd.api.checks import campaign_of, locked, with_messages
 from smsd.api.endpoint import Endpoint, Model, Request
 from smsd.api.errors import ApiError, invalid
 from smsd.api.models import Id
@@ -64,7 +64,7 @@ class UndecidedList(Model):
 async def resolve(req: Request) -> Resolved:
     body: Verdict = req.body
     which = _selection(body)
-    campaign = await locked(req)
+    campaign = with_messages(await locked(req))
     if body.as_ == "resend" and campaign.status is CampaignStatus.CANCELLED:
         raise ApiError(
             409,
@@ -90,7 +90,7 @@ async def resolve(req: Request) -> Resolved:
 
 
 async def list_undecided(req: Request) -> UndecidedList:
-    campaign = await campaign_of(req)
+    campaign = with_messages(await campaign_of(req))
     found = await evidence.undecided(req.db, campaign.id, LISTED_MOST)
     return UndecidedList(
         items=[
@@ -124,7 +124,7 @@ def _selection(body: Verdict) -> evidence.Selection:
 _UNKNOWN = "/api/campaigns/{id}/unknown"
 ENDPOINTS = (
     Endpoint("POST", _UNKNOWN, resolve, "tenant", "Decide what became of unknown messages", Resolved,
-             body=Verdict, idempotent=True, errors=((409, "INVALID_STATUS"), (409, "TOO_EARLY"))),
+             body=Verdict, idempotent=True, errors=((409, "INVALID_STATUS"), (409, "TOO_EARLY"), (410, "MESSAGES_REMOVED"))),
     Endpoint("GET", _UNKNOWN, list_undecided, "tenant", "Ids of Mitto's that may belong to several messages",
-             UndecidedList),
+             UndecidedList, errors=((410, "MESSAGES_REMOVED"),)),
 )  # fmt: skip

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 from aiohttp import web
 from pydantic import ValidationError
 
-from smsd.simulator.ledger import Accepted, Request, iso
+from smsd.simulator.ledger import Accepted, Request, iso, ulid
 from smsd.simulator.switches import Switches
 from smsd.simulator.wire import Refusal, read_object
 
@@ -126,6 +126,7 @@ def _show_request(request: Request) -> dict[str, Any]:
         "trafficAccountId": request.account,
         "messages": request.messages,
         "accepted": request.accepted,
+        "firstId": ulid(request.first_id) if request.accepted else None,
         "bulkId": request.bulk_id,
         "fault": request.fault,
         "status": request.status,

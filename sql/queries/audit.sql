@@ -46,7 +46,7 @@ select (select count(*) from message)::bigint as checked, coalesce(sum(b.n), 0):
                             and b.done_at > clock_timestamp() - interval '1 minute')) b;
 
 -- name: totals
--- Every campaign's counters equal a count over its messages.
+-- Every campaign's counters equal a count over its messages, those that retention removed included.
 with counted as (
   select campaign_id,
          count(*) filter (where status = 'queued') as queued,
@@ -67,14 +67,22 @@ select count(*) as checked,
           from (select campaign_id,
                        array[queued, processing, unknown, cancelled, pending, delivered, delivery_failed, refused,
                              skipped, spent] as said from campaign_totals) t
-          left join lateral (select array[queued, processing, unknown, cancelled, pending, delivered,
-                                          delivery_failed, refused, skipped, spent] as found_
-                               from counted where counted.campaign_id = t.campaign_id) f on true
-          cross join lateral (select coalesce(f.found_, array_fill(0::bigint, array[10])) as found) g) k;
+          left join counted c on c.campaign_id = t.campaign_id
+          left join campaign_archive a on a.campaign_id = t.campaign_id
+          cross join lateral (
+            select array[coalesce(c.queued, 0), coalesce(c.processing, 0),
+                         coalesce(c.unknown, 0) + coalesce(a.unknown, 0),
+                         coalesce(c.cancelled, 0) + coalesce(a.cancelled, 0),
+                         coalesce(c.pending, 0) + coalesce(a.pending, 0),
+                         coalesce(c.delivered, 0) + coalesce(a.delivered, 0),
+                         coalesce(c.delivery_failed, 0) + coalesce(a.delivery_failed, 0),
+                         coalesce(c.refused, 0) + coalesce(a.refused, 0),
+                         coalesce(c.skipped, 0) + coalesce(a.skipped, 0),
+                         coalesce(c.spent, 0) + coalesce(a.spent, 0)] as found) g) k;
 
 -- name: money
 -- Per tenant: the ledger's sums are the balance's figures; what is spent, with what is overdue, is what accepted
--- messages are worth. Per campaign, and for a tenant's single messages: what is reserved is what open messages and
+-- messages are worth, or were before they were removed. Per campaign, and for a tenant's single messages: what is reserved is what open messages and
 -- unexpanded audiences are held for. And an entry names a batch of its own campaign.
 with entries as (
   select tenant_id, coalesce(sum(amount) filter (where kind = 'grant'), 0) as granted,
@@ -110,7 +118,10 @@ select (select count(*) from credit)::bigint as checked, coalesce(sum(b.n), 0)::
         select count(*), min(format('tenant %s: spent %s and overdue %s; accepted messages are worth %s', tenant_id,
                                     c.spent, c.overdue, a.worth))
           from credit c
-          full join (select tenant_id, sum(worth) as worth from decided group by tenant_id) a using (tenant_id)
+          full join (select tenant_id, sum(worth) as worth
+                       from (select tenant_id, worth from decided
+                             union all select tenant_id, spent from campaign_archive) each
+                      group by tenant_id) a using (tenant_id)
          where coalesce(c.spent + c.overdue, 0) <> coalesce(a.worth, 0)
         union all
         select count(*), min(format('tenant %s, campaign %s: the ledger holds %s more than its open messages', tenant_id,
@@ -124,7 +135,8 @@ select (select count(*) from credit)::bigint as checked, coalesce(sum(b.n), 0)::
          where l.batch_id is not null and b.id is null) b;
 
 -- name: orphans
--- Ids of Mitto's and messages name each other, and no receipt waits for a message that is known.
+-- Ids of Mitto's and messages name each other (where messages are being removed ids go first), and no receipt waits for
+-- a message that is known.
 select (select count(*) from provider_message)::bigint as checked, coalesce(sum(b.n), 0)::bigint as broken,
        min(b.example) as example
   from (select count(*) as n, min(format('id %s names message %s, which does not have it', p.provider_id, p.message_id))
@@ -136,6 +148,7 @@ select (select count(*) from provider_message)::bigint as checked, coalesce(sum(
         select count(*), min(format('message %s has an id that nobody can look up', m.id))
           from message m left join provider_message p on p.provider_id = m.provider_id
          where m.provider_id is not null and p.provider_id is null
+           and not exists (select from campaign c where c.id = m.campaign_id and c.removed_at is not null)
         union all
         select count(*), min(format('a receipt for %s waits since %s', e.provider_id, e.received_at))
           from early_receipt e join provider_message p on p.provider_id = e.provider_id

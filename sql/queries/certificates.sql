@@ -8,6 +8,14 @@ select set_config(name, 'off', true)
 -- The tenant of a campaign.
 select tenant_id from campaign where id = $1;
 
+-- name: kept
+-- The certificate that was kept when the campaign's messages were removed.
+select certificate from campaign_archive where campaign_id = $1 and tenant_id = $2;
+
+-- name: removed_at
+-- Since when a campaign's messages are not answered any more.
+select removed_at from campaign where id = $1;
+
 -- name: moved
 -- What the ledger says of a campaign's credits.
 select coalesce(sum(amount) filter (where kind = 'hold'), 0)::bigint as held,

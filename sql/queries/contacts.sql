@@ -35,6 +35,10 @@ update contact set phone = $3, first_name = $4, last_name = $5, email = $6, gend
 -- The contact goes; whether its number may be texted stays known.
 delete from contact where tenant_id = $1 and id = $2 returning id;
 
+-- name: erase_contact
+-- Forgets the person: erased | absent | importing | in_flight, and of how many messages.
+select outcome, messages from erase_contact($1, $2);
+
 -- name: leave_lists
 -- A contact is on none of its lists but these.
 delete from contact_list_member where contact_id = $1 and list_id <> all ($2::bigint[]);

@@ -64,10 +64,6 @@ select accept_message($1, $2, $3);
 -- The message of that batch to this number has this id.
 select map_id($1, $2);
 
--- name: settle_unmapped
--- An answer whose ids may be anybody's of the batch. False after a newer attempt.
-select settle_unmapped($1, $2, $3, $4, $5, $6, $7, $8);
-
 -- name: resend_asked
 -- Unknown single messages whose caller wants them tried again.
 select resend_asked($1, $2);

@@ -57,7 +57,13 @@ select retake_slot($1, $2, $3, $4, $5);
 
 -- name: settle_items
 -- Mitto's answer item by item: states, ids, credits, counters. False after a newer attempt.
-select settle_items($1, $2, $3, $4, $5, $6, $7, $8);
+select settle_items($1, $2, string_to_array($3, ',')::bigint[], string_to_array($4, ',')::smallint[],
+                    string_to_array($5, E'\n', ''), coalesce($6, array_fill(null::text, array[1])), $7, $8);
+
+-- name: settle_unmapped
+-- An answer whose ids may be anybody's of the batch. False after a newer attempt.
+select settle_unmapped($1, $2, string_to_array($3, ',')::bigint[], string_to_array($4, ',')::smallint[],
+                       string_to_array($5, E'\n', ''), coalesce($6, array_fill(null::text, array[1])), $7, $8);
 
 -- name: settle_batch
 -- One outcome for the whole batch; tells what became of it.
@@ -80,7 +86,7 @@ select updated, kept from apply_receipts($1, $2, $3, $4, $5);
 
 -- name: rejoin_receipts
 -- Early receipts whose message is known by now.
-select rejoin_receipts($1);
+select rejoin_receipts(string_to_array($1, E'\n'));
 
 -- name: sweep_early_receipts
 -- The next early receipts by id, however old: matched, left, or given up after a day.

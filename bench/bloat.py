@@ -1,0 +1,162 @@
+"""Half an hour of campaigns at a steady rate while another session holds a snapshot, against the same half hour without.
+
+Vacuum clears no row version that the snapshot may still see, so the rows that every claim and every answer change
+leave their old versions behind. At the start, in the middle and at the end: what a claim, an intent, an answer and a
+group of receipts take at the steady rate, and the rate that bursts without any limit reach.
+"""
+
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from statistics import median
+
+import asyncpg
+
+from bench.campaigns import Campaigns, installation, sizes
+from bench.common import Machine, Mitto, Options, Results, ratio, report, show
+from smsd.database import Connection
+
+MINUTES, QUICK_MINUTES = 30.0, 0.05
+REQUESTS_PER_SECOND, BATCH = 25, 100
+"""Old versions come by the request, so batches are the smallest that smsd cuts a campaign into: 45,000 of them."""
+CAMPAIGN, QUICK_CAMPAIGN = 20_000, 500
+BURSTS = 3
+RECEIPTS_A_POST = 20
+WINDOW_SECONDS = 60.0
+ASKED = 0.9
+RATE = "messages/s, no limit"
+STATEMENTS = {
+    "claim": "claim ms", "intent": "intent ms", "settle_items": "settle ms",
+    "apply_receipts": "receipts ms",
+}  # fmt: skip
+TRACK = (
+    "do $$ begin execute format('alter database %I set track_functions = ''pl''',"
+    " current_database()); end $$"
+)
+Calls = dict[str, tuple[int, float]]
+
+
+async def calls(db: Connection) -> Calls:
+    """How often each of STATEMENTS was called so far, and milliseconds in all."""
+    rows = await db.fetch(
+        "select funcname, sum(calls)::bigint as calls, sum(total_time) as ms"
+        " from pg_stat_user_functions where funcname = any ($1) group by funcname",
+        list(STATEMENTS),
+    )
+    return {row["funcname"]: (row["calls"], row["ms"]) for row in rows}
+
+
+def per_call(before: Calls, after: Calls) -> dict[str, float]:
+    """Milliseconds a call between two looks."""
+    figures = {}
+    for name, (n, ms) in after.items():
+        old_n, old_ms = before.get(name, (0, 0.0))
+        if n > old_n:
+            figures[STATEMENTS[name]] = (ms - old_ms) / (n - old_n)
+    return figures
+
+
+class Bloat:
+    """One half hour, clean or beside a snapshot."""
+
+    def __init__(self, campaigns: Campaigns, minutes: float) -> None:
+        self._campaigns, self._minutes = campaigns, minutes
+        self._window = min(WINDOW_SECONDS, minutes * 60 / 10)
+
+    async def live(self) -> Results:
+        """Figures at the start, in the middle and at the end."""
+        half = self._minutes * 30
+        return {
+            "start": await self._look(self._window),
+            "middle": await self._look(half),
+            "end": await self._look(half),
+        }
+
+    async def _look(self, seconds: float) -> dict[str, list[float]]:
+        """At the steady rate for so long, then bursts without a limit."""
+        campaigns = self._campaigns
+        await campaigns.limit(REQUESTS_PER_SECOND)
+        if seconds > self._window:
+            await campaigns.steadily(seconds - self._window)
+        before, started = await calls(campaigns.db), time.monotonic()
+        sent = await campaigns.steadily(self._window)
+        steady = sent / (time.monotonic() - started)
+        took = per_call(before, await calls(campaigns.db))
+        await campaigns.limit()
+        bursts = [await campaigns.burst() for _ in range(BURSTS)]
+        await campaigns.settle()
+        return {
+            RATE: [burst.messages / burst.seconds for burst in bursts],
+            "messages/s, steady": [steady],
+            **{name: [ms] for name, ms in took.items()},
+        }
+
+    async def dead(self) -> dict[str, int]:
+        """Dead row versions by table, the most first."""
+        dead = {name: size.dead for name, size in (await sizes(self._campaigns.db)).items()}
+        return {name: n for name, n in sorted(dead.items(), key=lambda one: -one[1]) if n}
+
+
+@contextlib.asynccontextmanager
+async def _snapshot(dsn: str) -> AsyncIterator[None]:
+    """A session that keeps one open."""
+    holder = await asyncpg.connect(
+        dsn, server_settings={"idle_in_transaction_session_timeout": "0"}
+    )
+    try:
+        await holder.execute("begin isolation level repeatable read")
+        await holder.fetchval("select count(*) from batch")
+        yield
+    finally:
+        await holder.close()
+
+
+async def _half_hour(
+    machine: Machine, mitto: Mitto, n: int, minutes: float, *, held: bool
+) -> tuple[Results, dict[str, int]]:
+    async with contextlib.AsyncExitStack() as stack:
+        campaigns = await stack.enter_async_context(
+            installation(
+                machine, mitto, n, prepare=TRACK, receipts_a_post=RECEIPTS_A_POST, batch_size=BATCH
+            )
+        )
+        await campaigns.burst()  # plans and caches are warm
+        await campaigns.settle()
+        if held:
+            await stack.enter_async_context(_snapshot(campaigns.dsn))
+        bloat = Bloat(campaigns, minutes)
+        results, dead = await bloat.live(), await bloat.dead()
+        await campaigns.audited()
+    for when, figures in results.items():
+        name = "snapshot held" if held else "clean"
+        print(
+            f"  {name}, {when}: {', '.join(f'{f} {show(median(x))}' for f, x in figures.items())}"
+        )
+    print(f"  dead row versions: {', '.join(f'{table} {k:,}' for table, k in dead.items())}")
+    return results, dead
+
+
+async def run(machine: Machine, options: Options) -> None:
+    """The benchmark: once clean, once beside a snapshot. Half an hour is repetition enough for its steady figures."""
+    minutes = options.minutes or (QUICK_MINUTES if options.quick else MINUTES)
+    n = QUICK_CAMPAIGN if options.quick else next(iter(options.messages), CAMPAIGN)
+    async with Mitto(machine.folder) as mitto:
+        await machine.settle()
+        clean, clean_dead = await _half_hour(machine, mitto, n, minutes, held=False)
+        await machine.settle()
+        held, held_dead = await _half_hour(machine, mitto, n, minutes, held=True)
+    results = {}
+    for when in clean:
+        results[f"{when}, clean"], results[f"{when}, held"] = clean[when], held[when]
+    report(
+        "bloat", results, machine, replace(options, runs=1), reference="end, clean",
+        figure=RATE, title=f"Messages/s without a limit, a snapshot held for {minutes:g} minutes",
+        settings={
+            "minutes": minutes, "messages a campaign": n, "batch": BATCH,
+            "steady requests/s": REQUESTS_PER_SECOND, "receipts": f"in arrays of {RECEIPTS_A_POST}",
+            "dead, clean": clean_dead, "dead, held": held_dead,
+        },
+    )  # fmt: skip
+    reached = ratio(results, RATE, "end, held", "end, clean")
+    print(f"at the end {reached:.0%} of the clean rate beside a snapshot (asked: {ASKED:.0%})")
