@@ -184,7 +184,9 @@ async def _ceiling(bench: Bench, dice: random.Random) -> None:
 
 
 STATIC = ("clock.wall", "net.mitto.no name")
-ARMED = tuple(f"{action}@{point}" for action in ("kill", "stop") for point in faults.POINTS)
+POINTS = tuple(point for point in faults.POINTS if not point.startswith("retention."))
+"""Those that a campaign passes; the others are in `test_retention`."""
+ARMED = tuple(f"{action}@{point}" for action in ("kill", "stop") for point in POINTS)
 OF_MITTO = tuple(f"mitto.{fault.value}" for fault in Fault if fault not in NOT_DRAWN)
 OF_ITEMS = tuple(f"item.{fault.value}" for fault in ItemFault)
 FAULTS = (

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from smsd import daemon, embedded, faults
+from smsd import daemon, embedded
 from system import befall
 from system.bench import Scenario, Tenant, Verdict
 
@@ -36,7 +36,7 @@ async def sound(
 def groups() -> dict[str, list[str]]:
     """The named points by what happens there: those of one group strike one life after the other."""
     found: dict[str, list[str]] = {}
-    for point in faults.POINTS:
+    for point in befall.POINTS:
         group = point.partition(".")[0]
         found.setdefault("post" if group in ("gate", "body", "answer") else group, []).append(point)
     return found
