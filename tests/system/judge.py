@@ -170,7 +170,8 @@ def _judge(
 
 
 def _was_late(bench: "Bench", since: float, until: float) -> bool:
-    return any(start <= until and end >= since for start, end in bench.late)
+    late = (*bench.late, *bench.to_mitto.late)
+    return any(start <= until and end >= since for start, end in late)
 
 
 def _use(bench: "Bench") -> float | None:

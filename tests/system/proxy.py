@@ -9,6 +9,7 @@ import contextlib
 import random
 import socket
 import struct
+import time
 from enum import StrEnum
 from typing import Any, Self
 from urllib.parse import parse_qs, urlsplit, urlunsplit
@@ -16,6 +17,9 @@ from urllib.parse import parse_qs, urlsplit, urlunsplit
 _NO_LINGER = struct.pack("ii", 1, 0)
 _PIECE = 65_536
 _DRIPS, _DRIP_SECONDS = 10, 0.05
+_LATE_SECONDS = 0.008
+_LAST_DATA_RECEIVED = 52
+"""Where `struct tcp_info` has the milliseconds since the kernel was given the last byte."""
 
 
 class Harm(StrEnum):
@@ -43,6 +47,8 @@ class Proxy:
         self.share = 1.0
         """Of the pieces, those that are struck."""
         self.struck = 0
+        self.late: list[tuple[float, float]] = []
+        """(from, to) by `time.monotonic`: when pieces lay in the kernel as this process had other things to do."""
         self._port = 0
         self._server: asyncio.Server | None = None
         self._connections: set[_Connection] = set()
@@ -176,7 +182,18 @@ class _Connection:
             case _:
                 self._answer = harm
                 await _write(self._to_server, data)
+                self._note_delay()
         return True
+
+    def _note_delay(self) -> None:
+        raw: Any = self._to_client.get_extra_info("socket")
+        if raw.family != socket.AF_INET:
+            return
+        info = raw.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+        delay = int.from_bytes(info[_LAST_DATA_RECEIVED:][:4], "little") / 1000
+        if delay > _LATE_SECONDS:
+            now = time.monotonic()
+            self._proxy.late.append((now - delay, now + 0.05))
 
     async def _tell(self) -> None:
         with contextlib.suppress(OSError):
