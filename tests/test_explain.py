@@ -273,15 +273,24 @@ async def test_a_breaker_is_open_while_mitto_is_not_there_and_closed_when_it_is_
     campaign_id = await shop.sending(5)
     async with sending(shop.pool, shop.replica_id, f"http://127.0.0.1:{port}") as at_work:
         told = "select exists (select from replica_account)"
-        async with asyncio.timeout(20):
-            while not await shop.pool.fetchval(told):
+        causes: list[Any] = []
+        async with asyncio.timeout(
+            20
+        ):  # open for a second, then for two, four … and shut in between to probe
+            while not causes:
                 await asyncio.sleep(0.02)
-        cause = await the(me, campaign_id, Code.BREAKER_OPEN)
+                causes = [
+                    one for one in await why(me, campaign_id) if one["code"] == Code.BREAKER_OPEN
+                ]
+        cause = causes[0]
         assert cause["canBeLiftedBy"] == "mitto"
         assert "1 of 1 replicas" in cause["message"]
         assert at(cause, "since") <= at(cause, "until")
-        shown = (await api.admin.get("/api/admin/queue")).body["accounts"][0]
-        assert shown["openBreakers"] == 1
+        async with asyncio.timeout(20):
+            while (await api.admin.get("/api/admin/queue")).body["accounts"][0][
+                "openBreakers"
+            ] != 1:
+                await asyncio.sleep(0.02)
         async with Simulator(Switches(dlr=False), port=port):
             await at_work.until_done()
             async with asyncio.timeout(20):
