@@ -316,37 +316,16 @@ async def settle_items(
     items: Sequence[ItemResult],
     bulk_id: str | None,
     status: int | None,
+    *,
+    mapped: bool = True,
 ) -> bool:
-    """Writes an answer that decided item by item: one transaction. False: a newer attempt exists, recorded only."""
-    return await _settle(db, SQL["settle_items"], batch_id, attempt, items, bulk_id, status)
-
-
-async def settle_unmapped(
-    db: Executor,
-    batch_id: int,
-    attempt: int,
-    items: Sequence[ItemResult],
-    bulk_id: str | None,
-    status: int | None,
-) -> bool:
-    """Like `settle_items` for an answer of which nobody knows which id is whose: with an id for each, all are accepted,
-    else all unknown; the ids are kept to be asked about. False after a newer attempt."""
-    return await _settle(db, SQL["settle_unmapped"], batch_id, attempt, items, bulk_id, status)
-
-
-async def _settle(
-    db: Executor,
-    query: str,
-    batch_id: int,
-    attempt: int,
-    items: Sequence[ItemResult],
-    bulk_id: str | None,
-    status: int | None,
-) -> bool:
+    """Writes an answer that decided item by item: one transaction. False: a newer attempt exists, recorded only.
+    `mapped`: off where nobody knows which id is whose; with an id for each, all are accepted then, else all unknown,
+    and the ids are kept to be asked about."""
     details = [item.detail for item in items]
     return bool(
         await db.fetchval(
-            query,
+            SQL["settle_items" if mapped else "settle_unmapped"],
             batch_id,
             attempt,
             ",".join([str(item.message_id) for item in items]),

@@ -392,20 +392,20 @@ class Sender:
         result: mitto.Result,
         bound: structlog.stdlib.BoundLogger,
     ) -> str:
-        settle = queue.settle_items
+        mapped = True
         if self._order_holds is not None:
             known = account.row.capabilities.get("orderKept")
-            if not await self._order_holds(credentials, known, intent.phones, result.items):
-                settle = queue.settle_unmapped
+            mapped = await self._order_holds(credentials, known, intent.phones, result.items)
         try:
             written = await database.until_written(
-                lambda: settle(
+                lambda: queue.settle_items(
                     self._pool,
                     grant.batch_id,
                     intent.attempt,
                     result.items,
                     result.bulk_id,
                     result.status,
+                    mapped=mapped,
                 )
             )
         except (asyncpg.PostgresError, ValueError):

@@ -110,7 +110,6 @@ class MissingValue(Exception):  # noqa: N818 - reads as what it says
 
 
 @lru_cache(maxsize=4096)
-@lru_cache(maxsize=4096)  # the same few names for every recipient
 def tag_key(name: str) -> str:
     """The key that all spellings of a name share: first_name, firstName and "First name".
 

@@ -583,7 +583,9 @@ async def test_an_answer_out_of_order_is_accepted_and_its_ids_find_their_message
     campaign_id = await shop.sending(3, batch_size=3)
     [(grant, intent)] = await shop.post()
     items = answer(intent, "C", "A", "B")
-    written = await queue.settle_unmapped(shop.pool, grant.batch_id, 1, items, "bulk", 200)
+    written = await queue.settle_items(
+        shop.pool, grant.batch_id, 1, items, "bulk", 200, mapped=False
+    )
     assert written
     assert await states(shop) == [(10, None, None)] * 3
     assert (await check_the_account(shop, campaign_id)).totals.pending == 3
@@ -601,7 +603,7 @@ async def test_an_answer_out_of_order_with_a_refusal_leaves_all_unknown_until_id
     campaign_id = await shop.sending(3, batch_size=3)
     [(grant, intent)] = await shop.post()
     items = [*answer(intent, "B", "A", "C")[:2], ItemResult(intent.ids[2], REFUSED, None, "no")]
-    await queue.settle_unmapped(shop.pool, grant.batch_id, 1, items, "bulk", 200)
+    await queue.settle_items(shop.pool, grant.batch_id, 1, items, "bulk", 200, mapped=False)
     assert (await check_the_account(shop, campaign_id)).totals.unknown == 3
     assert await evidence.map_id(shop.pool, "A", intent.phones[0])
     assert await evidence.map_id(shop.pool, "B", intent.phones[2])

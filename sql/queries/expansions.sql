@@ -12,8 +12,8 @@ update expansion e set owner = $1, served_at = clock_timestamp()
   from next_, campaign c, tenant t
  where e.campaign_id = next_.campaign_id and c.id = e.campaign_id and t.id = e.tenant_id
 returning e.campaign_id, e.tenant_id, e.lane_id, e.source, e.sender, e.template, e.as_of, e.batch_size, e.highest_id,
-          e.cursor, e.rereads, e.read, e.of, c.list_ids, c.exclude_list_ids, c.filter_gender, c.filter_age_group, c.link_url,
-          t.account_id;
+          e.cursor, e.rereads, e.read, e.of, c.list_ids, c.exclude_list_ids, c.filter_gender, c.filter_age_group,
+          c.link_url, t.account_id;
 
 -- name: advance_expansion
 -- Moves the cursor, if the expansion still runs, is still ours and stands where we read it. No row: drop the chunk.
