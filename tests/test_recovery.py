@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 import asyncpg
 import pytest
 from conftest import database_url
-from shop import ACCEPTED, Shop, check_the_account
+from shop import ACCEPTED, Shop, check_the_account, until_somebody_waits
 from support import assert_sound, new_account, open_shop
 
 from smsd import database, expansions, mitto, queue, recovery
@@ -241,10 +241,15 @@ async def test_the_queue_goes_on_when_all_who_were_at_work_have_spoken(world: Wo
 
 async def test_many_who_come_to_another_database_at_once_find_it_closed(world: World) -> None:
     await world.fork()
-    await world.fail_over()
-    await asyncio.gather(
-        *(world.pool.fetchval("select look_at_instance(), pg_sleep(0.1)") for _ in range(4))
-    )
+    await world.fail_over(greet=None)
+    look = "select look_at_instance()"
+    async with world.pool.acquire() as first, asyncio.TaskGroup() as group:
+        async with first.transaction():
+            assert not await first.fetchval(look)
+            # They saw nothing of the first one's note, and wait for its row.
+            others = [group.create_task(world.pool.fetchval(look)) for _ in range(2)]
+            await until_somebody_waits(world.pool, 2)
+    assert [await one for one in others] == [False, False]
     assert await recovery.waiting(world.pool) is not None
 
 
