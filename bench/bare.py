@@ -1,12 +1,12 @@
 """The bare pipeline: the least that sends a campaign from Postgres, as fast as we can make it. What smsd is measured by.
 
-Rows with their personalised texts are copied in, batches of 500 are claimed with SKIP LOCKED, posted with several in
-flight, and the results written by one update a batch. There is nothing else: no limits, no credits, no fairness, no
+Rows with their personalised texts are copied in, claimed 500 at a time with SKIP LOCKED, posted with several in flight,
+and the results written by one update a batch. There is nothing else: no limits, no credits, no fairness, no
 opt-outs, no leases, no intents, so that a crash loses or repeats whatever was on its way.
 
 `python -m bench.bare VARIANT DSN MITTO_URL N` says "ready", waits for a line, works, says "done". Variants:
-  bare       a row for every batch, and that is what is claimed: one update for 500 messages (the fastest we know)
-  rows       the messages themselves are claimed, as a queue of rows does it
+  bare       the messages themselves are claimed, as a queue of rows does it
+  batches    a row for every batch, and that is what is claimed: one update for 500 messages (the fastest we know)
   simulator  bodies made beforehand are posted and nothing else: what the simulator can take
 """
 
@@ -140,14 +140,14 @@ def body_of(rows: Rows) -> bytes:
 
 
 async def bare(work: Work) -> Begin:
-    """Rows are copied in while those that are there already are sent."""
-    return lambda: _pipeline(work, rows=False)
-
-
-async def rows(work: Work) -> Begin:
-    """Likewise, and the messages themselves are claimed."""
+    """Messages are copied in while those that are there already are claimed and sent."""
     await work.pool.execute(INDEX_OF_ROWS)
     return lambda: _pipeline(work, rows=True)
+
+
+async def batches(work: Work) -> Begin:
+    """Likewise, and what is claimed is a row that stands for a batch."""
+    return lambda: _pipeline(work, rows=False)
 
 
 async def _pipeline(work: Work, *, rows: bool) -> None:
@@ -155,10 +155,10 @@ async def _pipeline(work: Work, *, rows: bool) -> None:
 
     async def fill() -> None:
         nonlocal filled, news
-        async for batches in work.add():
+        async for added in work.add():
             if not rows:
                 await work.pool.copy_records_to_table(
-                    "batch", records=batches, columns=["first_id", "last_id"]
+                    "batch", records=added, columns=["first_id", "last_id"]
                 )
             news.set()
             news = asyncio.Event()
@@ -228,5 +228,7 @@ async def _keep_as_is(_connection: object) -> None:
 
 if __name__ == "__main__":
     uvloop.run(
-        conduct({"bare": bare, "rows": rows, "simulator": simulator}[sys.argv[1]], *sys.argv[2:])
+        conduct(
+            {"bare": bare, "batches": batches, "simulator": simulator}[sys.argv[1]], *sys.argv[2:]
+        )
     )

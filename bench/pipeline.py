@@ -1,7 +1,7 @@
 """Enqueue → last result recorded: personalised messages with unsubscribe links, no limits.
 
 smsd, its daemon a process as in production, against the bare pipeline (bench/bare.py) and against general queues
-(bench/peers.py); "rows" is the bare pipeline that claims messages instead of batches, "simulator" what the simulator
+(bench/peers.py); "batches" is the bare pipeline that claims rows that stand for batches, "simulator" what the simulator
 alone can take. The simulator and the Postgres are the same for all; receipts are off, they have a benchmark of their
 own. A run's time begins when the work is asked for, by a request or a line, and ends when its last result is committed.
 """
@@ -107,7 +107,7 @@ async def run(machine: Machine, options: Options) -> None:
         pipeline = Pipeline(machine, mitto, n)
         variants: dict[str, Variant] = {"bare": pipeline.beside("bench.bare", "bare")}
         variants["smsd"] = pipeline.smsd
-        for other in ("rows", "simulator"):
+        for other in ("batches", "simulator"):
             variants[other] = pipeline.beside("bench.bare", other)
         for peer in PEERS:
             if importlib.util.find_spec(peer) is None:

@@ -7,8 +7,8 @@ Nothing here decides a limit: that is `queue.claim`. This is how many to ask for
 import asyncio
 import math
 from collections import deque
-from collections.abc import Coroutine
-from typing import Any
+from collections.abc import Callable, Coroutine
+from typing import Any, NamedTuple
 
 import structlog
 
@@ -32,13 +32,17 @@ SLOW_LOOK_SECONDS = 1.0
 
 
 class Recent:
-    """The last measurements of something, and their percentiles."""
+    """The last measurements of something, and their percentiles. `first` is believed as well until there are ten."""
 
     def __init__(self, first: float, size: int = 200) -> None:
         self._values: deque[float] = deque([first], maxlen=size)
+        self._added = 0
 
     def add(self, value: float) -> None:
         self._values.append(value)
+        self._added += 1
+        if self._added == 10 < len(self._values):
+            self._values.popleft()
 
     def percentile(self, share: float) -> float:
         """The value below which `share` (0 to 1) of the recent ones lie."""
@@ -73,53 +77,68 @@ class Place:
         return await self._moved if self._moved is not None else self.grant
 
 
+class TooLate(Exception):  # noqa: N818 - a fact: there is no slot in time
+    """No slot comes before the deadline; `seconds`: how long to wait for one at least."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"no slot for {seconds:.0f} s")
+        self.seconds = seconds
+
+
+class Turn(NamedTuple):
+    """A slot that has come; `gate` is for `mitto.Client`: past the slot it raises Withdrawn."""
+
+    slot_us: int
+    gate: Callable[[], None]
+
+
 class Questions:
-    """Looks messages up at Mitto, each look-up under a grant of its account's limit."""
+    """Requests that are no batches: look-ups at Mitto, each under a grant of its account's limit."""
 
     def __init__(self, pool: Pool, client: mitto.Client, all_limit: int | None) -> None:
         self._pool, self._client, self._all_limit = pool, client, all_limit
         self._clock = queue.DatabaseClock()
 
-    async def ask(
-        self, account: mitto.Account, provider_id: str, deadline: float
-    ) -> mitto.Fetched | None:
-        """One GET; None when no slot comes before the deadline (`mitto.clock`). One that may have arrived later than
-        its slot allows is counted from then on."""
-        while mitto.clock() < deadline:
-            if (slot_us := await self._in_turn(account.id, deadline)) is None:
-                return None
-            latest = self._clock.maybe_at(slot_us + queue.GATE_US)
-
-            def gate(latest: float = latest) -> None:
-                if mitto.clock() > latest:
-                    raise mitto.Withdrawn("past its slot")
-
+    async def ask(self, account: mitto.Account, provider_id: str, deadline: float) -> mitto.Fetched:
+        """One GET. Raises TooLate when no slot comes before the deadline (`mitto.clock`)."""
+        while True:
+            turn = await self.turn(account.id, deadline)
             try:
-                fetched = await self._client.fetch(account, provider_id, gate)
+                fetched = await self._client.fetch(account, provider_id, turn.gate)
             except mitto.Withdrawn:
                 continue
-            await self._count_late(account.id, slot_us, fetched.arrived_by)
+            await self.count_late(account.id, turn, fetched.arrived_by)
             return fetched
-        return None
 
-    async def _in_turn(self, account_id: int, deadline: float) -> int | None:
-        """Waits for a grant and its slot; None when it would come after the deadline."""
-        while True:
+    async def turn(self, account_id: int, deadline: float) -> Turn:
+        """Waits for a grant and its slot. Raises TooLate when it would come after the deadline."""
+        while mitto.clock() < deadline:
             before = mitto.clock()
             slot, now_us, back = await queue.grant_request(self._pool, account_id, self._all_limit)
             self._clock.observe(before, mitto.clock(), now_us)
             at = self._clock.surely_at(back if slot is None and back is not None else slot or 0)
             if slot is None and at > deadline:
-                return None
+                raise TooLate(at - mitto.clock())
             await asyncio.sleep(max(0.0 if slot else 0.001, at - mitto.clock()))
             if slot is not None:
-                return slot
+                return Turn(slot, self._gate(slot))
+        raise TooLate(0.0)
 
-    async def _count_late(self, account_id: int, slot_us: int, arrived_by: float | None) -> None:
-        if arrived_by is None or arrived_by <= self._clock.maybe_at(slot_us + queue.GUARD_US):
+    def _gate(self, slot_us: int) -> Callable[[], None]:
+        latest = self._clock.maybe_at(slot_us + queue.GATE_US)
+
+        def gate() -> None:
+            if mitto.clock() > latest:
+                raise mitto.Withdrawn("past its slot")
+
+        return gate
+
+    async def count_late(self, account_id: int, turn: Turn, arrived_by: float | None) -> None:
+        """A request that may have arrived later than its slot allows is counted from then on."""
+        if arrived_by is None or arrived_by <= self._clock.maybe_at(turn.slot_us + queue.GUARD_US):
             return
         until_us = self._clock.us_at(arrived_by)
-        grant = queue.Grant(0, 0, 0, tenant_id=0, n=0, slot_us=slot_us)
+        grant = queue.Grant(0, 0, 0, tenant_id=0, n=0, slot_us=turn.slot_us)
         await database.until_written(
             lambda: queue.arrived_late(self._pool, account_id, grant, until_us)
         )

@@ -18,6 +18,7 @@ from smsd import mitto, queue, tenants
 from smsd.database import Pool
 from smsd.mitto import Fetched, FetchOutcome, Item, Result
 from smsd.model import MessageState, Outcome
+from smsd.pace import Questions, TooLate
 
 SENDER = re.compile(r"[A-Za-z0-9]{1,11}|[0-9]{1,16}")
 """What Mitto takes as a sender id."""
@@ -95,7 +96,8 @@ async def run(
     row = await find_account(pool, wanted.account_id)
     key = row.api_key or shared_key
     account = mitto.Account(row.id, row.provider_id, key, row.server_error_means)
-    probe = _Probe(pool, client, account, wanted, row.largest_request, all_limit)
+    questions = Questions(pool, client, all_limit)
+    probe = _Probe(pool, client, questions, account, wanted, row.largest_request)
     findings = await probe.ask_everything()
     found = {finding.name: finding.value for finding in findings if finding.value is not None}
     found["probedAt"] = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
@@ -111,12 +113,11 @@ class _Probe:
 
     pool: Pool
     client: mitto.Client
+    questions: Questions
     account: mitto.Account
     wanted: Wanted
     most: int  # messages that the sender puts into a request
-    all_limit: int | None
     mark: str = field(default_factory=lambda: secrets.token_hex(3))  # in every text of this run
-    clock: queue.DatabaseClock = field(default_factory=queue.DatabaseClock)
     ends_at: float = field(default_factory=lambda: mitto.clock() + SECONDS_MOST)
     throttled: list[tuple[int | None, float | None]] = field(default_factory=list)
     posting: bool = True
@@ -293,11 +294,14 @@ class _Probe:
         """
         result = None
         for _ in range(_TRIES):
-            slot_us = await self._in_turn()
             try:
-                result = await self.client.send(self.account, items, self._gate(slot_us))
+                turn = await self.questions.turn(self.account.id, self.ends_at)
+                result = await self.client.send(self.account, items, turn.gate)
             except mitto.Withdrawn:
                 continue
+            except TooLate as late:
+                raise self._no_time(late) from None
+            await self.questions.count_late(self.account.id, turn, result.arrived_by)
             if result.outcome is Outcome.THROTTLED:
                 await self._wait_as_told(result.status, result.retry_after_seconds)
             elif result.outcome is not Outcome.NEVER_LEFT:
@@ -344,8 +348,10 @@ class _Probe:
 
     async def _fetch(self, provider_id: str, tries: int = _TRIES) -> Fetched:
         for _ in range(tries):
-            await self._in_turn()
-            fetched = await self.client.fetch(self.account, provider_id)
+            try:
+                fetched = await self.questions.ask(self.account, provider_id, self.ends_at)
+            except TooLate as late:
+                raise self._no_time(late) from None
             if fetched.outcome is not FetchOutcome.THROTTLED:
                 break
             await self._wait_as_told(fetched.status, fetched.retry_after_seconds)
@@ -357,32 +363,10 @@ class _Probe:
         doubled = 2.0 ** min(len(self.throttled) - 1, 5)
         await queue.block_account(self.pool, self.account.id, seconds or doubled)
 
-    async def _in_turn(self) -> int:
-        """Waits for a slot under the limits of the account; returns it. Raises _Open when that would take too long."""
-        while True:
-            before = mitto.clock()
-            slot_us, now_us, back_us = await queue.grant_request(
-                self.pool, self.account.id, self.all_limit
-            )
-            self.clock.observe(before, mitto.clock(), now_us)
-            until = self.clock.surely_at(slot_us or back_us or now_us)
-            if until > self.ends_at:
-                raise _Open(
-                    f"no time was left: account {self.account.id} waits"
-                    f" {until - mitto.clock():.0f} s for Mitto or for its own limit"
-                )
-            await asyncio.sleep(max(0.0, until - mitto.clock()))
-            if slot_us is not None:
-                return slot_us
-
-    def _gate(self, slot_us: int) -> Callable[[], None]:
-        latest = self.clock.maybe_at(slot_us + queue.GUARD_US // 2)
-
-        def gate() -> None:
-            if mitto.clock() > latest:
-                raise mitto.Withdrawn("past its slot")
-
-        return gate
+    def _no_time(self, late: TooLate) -> _Open:
+        return _Open(
+            f"no time was left: account {self.account.id} waits {late.seconds:.0f} s for Mitto or for its own limit"
+        )
 
     def _unreachable(self, detail: str) -> ProbeError:
         return ProbeError(f"Mitto cannot be reached ({detail}): check SMSD_MITTO_BASE_URL")

@@ -208,14 +208,17 @@ async def claim(
     want: int,
     *,
     lead_us: int,
+    single_lead_us: int | None = None,
     all_limit: int | None = None,
     priority_only: bool = False,
 ) -> Claim:
     """Leases up to `want` batches of an account. `lead_us`: no slot earlier than this from now, the time that an
-    intent takes. `all_limit`: requests per second over all accounts."""
+    intent takes; `single_lead_us`: that of a single message, where it differs. `all_limit`: requests per second over
+    all accounts."""
     rows = await db.fetch(
-        SQL["claim"], account_id, replica_id, want, lead_us, HORIZON_US, all_limit, priority_only
-    )
+        SQL["claim"],
+        account_id, replica_id, want, lead_us, HORIZON_US, all_limit, priority_only, single_lead_us,
+    )  # fmt: skip
     first = rows[0]
     if first["batch_id"] is None:
         return Claim((), first["now_us"], first["slot"], first["waits_for"])

@@ -15,7 +15,7 @@ from smsd.config import Settings
 from smsd.database import Pool
 from smsd.evidence import Question
 from smsd.mitto import Fetched, FetchOutcome, ItemResult
-from smsd.pace import Questions
+from smsd.pace import Questions, TooLate
 
 log = structlog.get_logger()
 
@@ -164,7 +164,8 @@ class Resolver:
             fetched = None
             if pause <= 0 and not away:
                 credentials = self._credentials(account)
-                fetched = await self._questions.ask(credentials, question.provider_id, deadline)
+                with contextlib.suppress(TooLate):
+                    fetched = await self._questions.ask(credentials, question.provider_id, deadline)
             if fetched is None:
                 await evidence.postpone(self._pool, question.provider_id, max(pause, 1.0))
                 return None
@@ -246,8 +247,10 @@ class Resolver:
         return True
 
     async def _destination(self, account: mitto.Account, provider_id: str) -> int | None:
-        fetched = await self._questions.ask(account, provider_id, mitto.clock() + ORDER_SECONDS)
-        return fetched.destination if fetched is not None else None
+        deadline = mitto.clock() + ORDER_SECONDS
+        with contextlib.suppress(TooLate):
+            return (await self._questions.ask(account, provider_id, deadline)).destination
+        return None
 
     async def _break(self, account: mitto.Account, order: "_Order") -> None:
         order.broken = True

@@ -56,7 +56,8 @@ class Sender:
         self.counts: Counter[str] = Counter()
         self._clock = queue.DatabaseClock()
         self._closed_until = 0.0
-        self._intent_seconds = Recent(LEAD_SECONDS_FIRST)
+        # Of batches, and of single messages: those are written in a fraction of the time.
+        self._intent_seconds = {False: Recent(LEAD_SECONDS_FIRST), True: Recent(LEAD_SECONDS_FIRST)}
         self._accounts: dict[int, Pace] = {}
         self._loops: dict[int, asyncio.Task[None]] = {}
         self._stopping = asyncio.Event()
@@ -142,7 +143,8 @@ class Sender:
             account.row.id,
             self._standing.replica_id,
             want,
-            lead_us=int(self._lead_seconds() * 1e6),
+            lead_us=int(self._lead_seconds(single=False) * 1e6),
+            single_lead_us=int(self._lead_seconds(single=True) * 1e6),
             all_limit=self._settings.requests_per_second,
             priority_only=priority_only,
         )
@@ -163,8 +165,8 @@ class Sender:
             return pace.SLOW_LOOK_SECONDS
         return min(pace.SLOW_LOOK_SECONDS, max(0.001, self._clock.surely_at(claim.back_us) - after))
 
-    def _lead_seconds(self) -> float:
-        recent = self._intent_seconds.percentile(0.99) * 1.2
+    def _lead_seconds(self, *, single: bool) -> float:
+        recent = self._intent_seconds[single].percentile(0.99) * 1.2
         return min(LEAD_SECONDS_MOST, max(LEAD_SECONDS_LEAST, recent))
 
     # ----------------------------------------------------------------------------------------- send
@@ -208,8 +210,9 @@ class Sender:
 
     async def _intend(self, grant: queue.Grant) -> queue.Intent | None:
         """Writes the intent shortly before the slot. None: not to be posted, and the batch is back in its place."""
+        single = grant.campaign_id == 0
         await _first_of(
-            self._clock.maybe_at(grant.slot_us) - self._lead_seconds() - mitto.clock(),
+            self._clock.maybe_at(grant.slot_us) - self._lead_seconds(single=single) - mitto.clock(),
             self._stopping,
         )
         why = "stopping" if self._stopping.is_set() else None
@@ -224,7 +227,7 @@ class Sender:
                 why = f"intent not acknowledged: {error!r}"
             else:
                 faults.point("intent.written")
-                self._intent_seconds.add(mitto.clock() - started)
+                self._intent_seconds[single].add(mitto.clock() - started)
                 return intent if intent.verdict == "post" else None
         await self._withdraw(grant, why)
         return None
@@ -301,14 +304,15 @@ class Sender:
         return gate
 
     async def _retake(self, grant: queue.Grant) -> queue.Grant | None:
-        lead_us = int(self._lead_seconds() * 1e6)
+        single = grant.campaign_id == 0
+        lead_us = int(self._lead_seconds(single=single) * 1e6)
         all_limit = self._settings.requests_per_second
         before = mitto.clock()
         try:
             moved = await queue.retake_slot(self._pool, grant, lead_us=lead_us, all_limit=all_limit)
         except database.AWAY:
             return None
-        self._intent_seconds.add(mitto.clock() - before)
+        self._intent_seconds[single].add(mitto.clock() - before)
         return moved
 
     async def _count_late(self, account: Pace, place: Place, result: mitto.Result) -> None:

@@ -114,7 +114,7 @@ async def test_the_pipeline_and_its_references_record_every_result(machine: Mach
         pipeline = Pipeline(machine, mitto, 600)  # two batches, the last one not full
         for variant in (
             pipeline.smsd,
-            *(pipeline.beside("bench.bare", n) for n in ("bare", "rows")),
+            *(pipeline.beside("bench.bare", n) for n in ("bare", "batches")),
         ):
             figures = await variant()  # checks what Mitto accepted and what the tables have
             assert figures["messages/s"] > 0

@@ -2,15 +2,17 @@
 most of it on a clock that is moved by hand, the rest as the provider sees it."""
 
 import asyncio
+import random
 import socket
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from itertools import pairwise
 
 import pytest
 from conftest import Api
-from shop import Shop, check_the_account
+from shop import ACCEPTED, Shop, check_the_account
 from support import (
     GUARD_US,
     SECOND_US,
@@ -432,6 +434,137 @@ async def test_of_ten_grants_one_is_a_campaign_s_however_many_single_messages_wa
     assert singles >= 0.5 * len(grants), (
         "beyond a second of its share a tenant's singles wait in line"
     )
+
+
+async def test_a_campaign_s_batch_makes_way_for_a_single_message(
+    pool: database.Pool, account: int, shop: Shop, clock: Clock
+) -> None:
+    await change_account(pool, account, requests_per_second=100)
+    await shop.sending(200, batch_size=1)
+    await run(shop, clock, SECOND_US // 10)
+    given = await leased(pool, clock.now_us)
+    assert len(given) >= 9, "the whole horizon is given"
+    paid = await pool.fetchrow("select l.v, s.v as of_tenant from lane l, share s where l.v > 0")
+    await one_message(shop, 306911110001)
+    (single,) = (await ask(shop, priority_only=True)).grants
+    assert (single.campaign_id, single.slot_us) == (0, given[0])
+    assert await leased(pool, clock.now_us) == given
+    # Whoever has it learns so before anything leaves, and its lane is not to pay twice.
+    lost = await pool.fetchrow(
+        "select id, epoch from batch where campaign_id > 0 and state = 0 and epoch > 0"
+    )
+    assert lost is not None
+    grant = Grant(lost["id"], lost["epoch"], 1, shop.id, 5, given[0])
+    assert (await queue.intent(pool, grant, shop.replica_id)).verdict == "lost"
+    after = await pool.fetchrow(
+        "select l.v, s.v as of_tenant from lane l, share s where l.class = 1"
+    )
+    assert paid is not None
+    assert after is not None
+    assert after["v"] == pytest.approx(paid["v"] - 0.01)
+    assert after["of_tenant"] == pytest.approx(paid["of_tenant"]), "the single message paid instead"
+
+
+async def leased(pool: database.Pool, from_us: int = 0) -> list[int]:
+    """Slots of what is leased, in order."""
+    rows = await pool.fetch(
+        "select slot from batch where state = 2 and slot >= $1 order by slot", from_us
+    )
+    return [row["slot"] for row in rows]
+
+
+@pytest.mark.parametrize(
+    "why", ["its intent is written", "cancelled", "blocked", "its tenant's limit"]
+)
+async def test_no_batch_makes_way_where_that_would_let_through_more(
+    pool: database.Pool, account: int, shop: Shop, clock: Clock, why: str
+) -> None:
+    await change_account(pool, account, requests_per_second=20)
+    campaign_id = await shop.sending(50)
+    grants = await run(shop, clock, SECOND_US // 10)
+    other = await open_shop(pool, account, shop.replica_id)
+    match why:
+        case "its intent is written":
+            for grant in grants:
+                await queue.intent(pool, grant, shop.replica_id)
+        case "cancelled":
+            async with pool.acquire() as connection, connection.transaction():
+                await connection.execute("select cancel_campaign($1)", campaign_id)
+        case "blocked":
+            await pool.execute(
+                "update traffic_account set blocked_until = from_us(clock_us() + 95000)"
+            )
+        case _:
+            await change_tenant(pool, other.id, requests_per_second=1)
+            await clock.move(300_000)
+            await one_message(other, 306911110002)
+            assert len((await ask(other, priority_only=True)).grants) == 1
+            await run(shop, clock, SECOND_US // 10)
+    before = await leased(pool)
+    await one_message(other, 306911110001)
+    claimed = (await ask(other, priority_only=True)).grants
+    assert set(before) <= set(await leased(pool))
+    assert all(grant.slot_us > max(before) for grant in claimed)
+
+
+async def test_single_messages_without_end_leave_campaigns_their_tenth(
+    pool: database.Pool, account: int, shop: Shop, clock: Clock
+) -> None:
+    await change_account(pool, account, requests_per_second=50)
+    await shop.sending(300, batch_size=1)
+    left: Counter[bool] = Counter()
+    waiting: list[Grant] = []
+    for tick in range(150):
+        for i in range(2):
+            await one_message(shop, 306911130000 + 2 * tick + i)
+        waiting += (await ask(shop, 8)).grants
+        await clock.move(20_000)
+        for grant in [one for one in waiting if one.slot_us <= clock.now_us]:
+            intent = await queue.intent(pool, grant, shop.replica_id)
+            if intent.verdict == "post":
+                await shop.answer(grant, intent, ACCEPTED)
+                left[grant.campaign_id > 0] += 1
+            waiting.remove(grant)
+    assert left.total() >= 0.9 * 50 * 3
+    assert left[True] >= 0.09 * left.total()
+    assert left[False] >= 0.5 * left.total()
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_no_window_holds_more_than_the_limits_whoever_makes_way(
+    pool: database.Pool, account: int, shop: Shop, clock: Clock, seed: int
+) -> None:
+    dice = random.Random(seed)
+    rate, messages, own = dice.choice([(20, None, 9), (40, 100, 25), (40, None, 40)])
+    other = await open_shop(pool, account, shop.replica_id)
+    await change_account(pool, account, requests_per_second=rate, messages_per_second=messages)
+    await change_tenant(pool, other.id, requests_per_second=own)
+    await shop.sending(1_500, batch_size=dice.choice([1, 4]))
+    await other.sending(300, batch_size=2)
+    slots: dict[tuple[int, int], Grant] = {}
+    gone: set[Grant] = set()
+    made_way = 0
+    for number in range(200):
+        if dice.random() < 0.3:
+            await one_message(dice.choice([shop, other]), 306911120000 + number)
+        claim = await ask(shop, dice.randint(1, 4), priority_only=dice.random() < 0.3)
+        slots |= {(grant.batch_id, grant.epoch): grant for grant in claim.grants}
+        rows = await pool.fetch("select id, epoch from batch where state = 2")
+        kept = {(row["id"], row["epoch"]) for row in rows}
+        kept |= {(grant.batch_id, grant.epoch) for grant in gone}
+        made_way += len(slots) - len(slots.keys() & kept)
+        slots = {key: grant for key, grant in slots.items() if key in kept}
+        assert largest_window(requests(list(slots.values())), WINDOW_US) <= rate
+        if messages:
+            assert largest_window(costs(list(slots.values())), WINDOW_US) <= messages
+        theirs = [grant for grant in slots.values() if grant.tenant_id == other.id]
+        assert largest_window(requests(theirs), WINDOW_US) <= own
+        await clock.move(dice.choice([0, 5_000, 30_000, 50_000]))
+        for grant in slots.values():
+            if grant.slot_us <= clock.now_us and grant not in gone:
+                await shop.answer(grant, await queue.intent(pool, grant, shop.replica_id), ACCEPTED)
+                gone.add(grant)
+    assert made_way > 3
 
 
 async def test_one_of_several_places_is_kept_for_single_messages_whatever_the_number_of_replicas(

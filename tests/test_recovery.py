@@ -243,12 +243,11 @@ async def test_many_who_come_to_another_database_at_once_find_it_closed(world: W
     await world.fork()
     await world.fail_over(greet=None)
     look = "select look_at_instance()"
-    async with world.pool.acquire() as first, asyncio.TaskGroup() as group:
-        async with first.transaction():
-            assert not await first.fetchval(look)
-            # They saw nothing of the first one's note, and wait for its row.
-            others = [group.create_task(world.pool.fetchval(look)) for _ in range(2)]
-            await until_somebody_waits(world.pool, 2)
+    async with world.pool.acquire() as first, asyncio.TaskGroup() as group, first.transaction():
+        assert not await first.fetchval(look)
+        # They saw nothing of the first one's note, and wait for its row.
+        others = [group.create_task(world.pool.fetchval(look)) for _ in range(2)]
+        await until_somebody_waits(world.pool, 2)
     assert [await one for one in others] == [False, False]
     assert await recovery.waiting(world.pool) is not None
 

@@ -11,7 +11,7 @@ from aiolimiter import AsyncLimiter
 from smsd import messages, mitto, queue, tenants
 from smsd.api.endpoint import Context
 from smsd.mitto import FetchOutcome
-from smsd.pace import Questions
+from smsd.pace import Questions, TooLate
 from smsd.queue import ReceiptRow
 
 SECONDS_MOST = 10.0
@@ -68,8 +68,9 @@ class _Asking:
         for provider_id in self.left:
             if not await self._in_turn():
                 return
-            fetched = await self.questions.ask(self.account, provider_id, self.deadline)
-            if fetched is None:
+            try:
+                fetched = await self.questions.ask(self.account, provider_id, self.deadline)
+            except TooLate:
                 return
             if fetched.outcome is FetchOutcome.THROTTLED:
                 self.deadline = 0

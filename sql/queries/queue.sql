@@ -34,7 +34,7 @@ select released, unknown from reap();
 -- The fair lane's batches with their slots, leased to us; or what to wait for. In a database that is not the one kept
 -- claim is not even called.
 select batch_id, epoch, campaign_id, tenant_id, n, slot, now_us, waits_for, cost
-  from claim($1, $2, $3, $4, $5, $6, $7) where instance_is_kept()
+  from claim($1, $2, $3, $4, $5, $6, $7, $8) where instance_is_kept()
 union all
 select null, 0, 0, 0, 0, null, clock_us(), 'recovery', 0 where not instance_is_kept();
 
