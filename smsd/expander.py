@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import structlog
 
-from smsd import contacts, database, expansions, faults, metrics, queue, telemetry, text
+from smsd import contacts, database, expansions, faults, metrics, mitto, queue, telemetry, text
 from smsd.database import Pool, Record
 from smsd.expansions import Chunk, Expansion, Rendered, Skipped
 from smsd.loops import first_of
@@ -20,8 +20,11 @@ from smsd.model import Reason
 log = structlog.get_logger()
 
 FIRST_CHUNK, CHUNK = 2_000, 10_000
-ROWS_BETWEEN_YIELDS = 250
+ROWS_BETWEEN_YIELDS = 100
 SLOW_LOOK_SECONDS = 1.0
+REST = 2.0
+"""How many times as long as a chunk took it rests after it, where more than enough waits to be sent already: what is
+being sent, and whoever asks meanwhile, has the machine then."""
 _LINK, _UNSUBSCRIBE = text.tag_key(text.LINK_TAG), text.tag_key(text.UNSUBSCRIBE_TAG)
 _PHONE = "phone"
 _OWN = {_LINK, _UNSUBSCRIBE, _PHONE}
@@ -98,6 +101,7 @@ class Expander:
         self._pool, self._standing, self._keys, self._base = pool, standing, keys, link_base
         self._news = asyncio.Event()
         self._served = 0
+        self._rest_seconds = 0.0
         self._ahead: tuple[Expansion, asyncio.Task[Chunk]] | None = None
 
     def wake(self) -> None:
@@ -109,7 +113,9 @@ class Expander:
         try:
             while True:
                 self._news.clear()
-                if not await self._expand_some():
+                if await self._expand_some():
+                    await first_of(self._rest_seconds, self._news)
+                else:
                     self._drop_ahead()
                     await first_of(SLOW_LOOK_SECONDS, self._news)
         finally:
@@ -128,6 +134,7 @@ class Expander:
     async def expand_one(self) -> bool:
         """Writes one chunk of the expansion whose turn it is. False: nothing runs."""
         replica_id = self._standing.replica_id
+        began_at, self._rest_seconds = mitto.clock(), 0.0
         expansion = await expansions.claim(self._pool, replica_id)
         if expansion is None:
             return False
@@ -156,6 +163,8 @@ class Expander:
             bound.info("expansion.moved_on")
             return True
         metrics.expanded(len(chunk.rendered), len(chunk.skipped))
+        if expansion.well_ahead:
+            self._rest_seconds = REST * (mitto.clock() - began_at)
         if first_id:
             await queue.wake_lane(self._pool, expansion.lane_id, first_id)
         bound.info(

@@ -44,6 +44,7 @@ class Expansion:
     filter_age_group: str | None
     link_url: str | None
     account_id: int
+    well_ahead: bool = False
 
     @property
     def place(self) -> tuple[int, int, int]:

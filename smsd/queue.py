@@ -437,7 +437,18 @@ async def apply_receipts(
 ) -> tuple[int, int]:
     """Applies receipts, and keeps what could not be read, in one transaction: (messages that moved, receipts kept
     for ids not known yet)."""
-    row = await db.fetchrow(SQL["apply_receipts"], *_columns(receipts, 5), *_columns(raw, 3))
+    accounts, ids, states, ats, descriptions = _columns(receipts, 5)
+    columns = (
+        ",".join(["" if one is None else str(one) for one in accounts]),
+        _joined(ids),
+        ",".join(map(str, states)),
+        ",".join(["" if at is None else at.isoformat() for at in ats]),
+        descriptions if any(descriptions) or not receipts else None,
+    )
+    if raw:
+        row = await db.fetchrow(SQL["apply_receipts_and_keep"], *columns, *_columns(raw, 3))
+    else:
+        row = await db.fetchrow(SQL["apply_receipts"], *columns)
     assert row is not None
     updated, kept = row["updated"], row["kept"]
     metrics.receipts(received=len(receipts), applied=updated, early=kept, raw=len(raw))

@@ -26,6 +26,10 @@ GROUP = 5_000
 WAITING_MOST = 100_000
 SWEPT_MOST = 5_000
 REPLAYED_AT_ONCE = 1_000
+WRITERS = 2
+"""Groups written at once: while one waits for its commit, the next is on its way."""
+GATHER_SECONDS = 0.001
+"""What the second of them waits for others to come along, or it would commit them one by one."""
 
 NO_MESSAGE = "no message has this id"
 _CANNOT_BE_STORED = "cannot be stored"
@@ -47,6 +51,7 @@ class _Put:
     receipts: Sequence[ReceiptRow]
     raw: Sequence[RawReceipt]
     future: asyncio.Future[int]
+    put_at: float  # the loop's time
 
     def __len__(self) -> int:
         return len(self.receipts) + len(self.raw)
@@ -58,6 +63,7 @@ class Inbox:
     def __init__(self, pool: Pool, answer_seconds: float = 10.0) -> None:
         self._pool, self._answer_seconds = pool, answer_seconds
         self._waiting: deque[_Put] = deque()
+        self._writing: list[Sequence[_Put]] = []
         self._count = 0
         self._news = asyncio.Event()
 
@@ -70,23 +76,46 @@ class Inbox:
         if self._count > WAITING_MOST:
             raise Full(f"{self._count} receipts wait for Postgres")
         loop = asyncio.get_running_loop()
-        one = _Put(receipts, raw, loop.create_future())
+        one = _Put(receipts, raw, loop.create_future(), loop.time())
         self._waiting.append(one)
         self._count += len(one)
         self._news.set()
-        too_late = loop.call_later(self._answer_seconds, _refuse, [one], TimeoutError())
-        try:
-            return await one.future
-        finally:
-            too_late.cancel()
+        return await one.future
 
     async def run(self) -> None:
         """Writes groups until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            for _ in range(WRITERS):
+                group.create_task(self._write_groups())
+            group.create_task(self._refuse_overdue())
+
+    async def _write_groups(self) -> None:
         while True:
             await self._news.wait()
-            self._news.clear()
-            while self._waiting:
-                await self._write(self._take())
+            if self._writing and self._waiting:
+                await asyncio.sleep(GATHER_SECONDS)
+            if not self._waiting:
+                self._news.clear()
+                continue
+            group = self._take()
+            self._writing.append(group)
+            try:
+                await self._write(group)
+            finally:
+                self._writing.remove(group)
+
+    async def _refuse_overdue(self) -> None:
+        """Whoever has waited too long hears so. One look at all of them: a timer for each would cost more than its
+        receipt does."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(self._answer_seconds / 20)
+            since = loop.time() - self._answer_seconds
+            for group in (*self._writing, self._waiting):
+                for one in group:
+                    if one.put_at > since:
+                        break  # those behind it came later
+                    _refuse([one], TimeoutError())
 
     def _take(self) -> list[_Put]:
         group, size = list[_Put](), 0

@@ -36,6 +36,14 @@ def stack_of(error: BaseException) -> str:
     return "".join(traceback.format_tb(error.__traceback__))
 
 
+_minimum = logging.DEBUG
+
+
+def says_debug() -> bool:
+    """Whether anybody would see a line at debug: structlog makes a logger for each, only to drop it."""
+    return _minimum <= logging.DEBUG
+
+
 def redact(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
     """Structlog processor: hides what must not stand in a log, by key."""
     for key in event:
@@ -52,7 +60,8 @@ def configure_logging(level: str, style: str) -> None:
         redact,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
-    minimum = getattr(logging, level.upper())
+    global _minimum  # noqa: PLW0603 - logging is the process's
+    minimum = _minimum = getattr(logging, level.upper())
     if style == "console":
         structlog.configure(
             processors=[*shared, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())],

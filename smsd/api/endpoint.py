@@ -6,6 +6,7 @@ status, an absent database into 503, a surprise into a logged 503. Handlers only
 """
 
 import hashlib
+import itertools
 import math
 import re
 import secrets
@@ -26,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic.alias_generators import to_camel
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from smsd import database, metrics, tenants
+from smsd import database, metrics, telemetry, tenants
 from smsd.api.errors import ApiError, from_validation, invalid, not_found
 from smsd.api.models import LARGEST_ID
 from smsd.config import Settings
@@ -47,6 +48,8 @@ _REQUEST_ID = web.RequestKey("request_id", str)
 _TENANT = web.RequestKey("tenant", int)
 _QUIET = {"/healthz", "/readyz", "/metrics", "/webhooks/mitto/dlr"}
 """Routes that are called all the time: metrics count them, and the log has at its usual level what was refused."""
+_PROCESS, _NUMBERS = secrets.token_hex(12), itertools.count()
+"""What request ids are made of: a random number each would cost more than reading a receipt does."""
 
 # What Postgres says when somebody else holds a lock for too long, or two stood in each other's way.
 _BUSY = (asyncpg.LockNotAvailableError, asyncpg.TransactionRollbackError)
@@ -216,7 +219,7 @@ class Request:
     body: Any = None
     query: Any = None
     after_commit: list[Callable[[], None]] = field(default_factory=list)
-    _digest: Any = field(default_factory=hashlib.sha256)
+    _seen: Any = None  # a SHA-256, once there are bytes
 
     @property
     def me(self) -> tenants.Tenant:
@@ -244,12 +247,14 @@ class Request:
     async def chunks(self) -> AsyncIterator[bytes]:
         """The body in pieces as they arrive, without a limit. For raw_body."""
         async for chunk in self.raw.content.iter_any():
-            self._digest.update(chunk)
+            self.seen(chunk)
             yield chunk
 
     def seen(self, data: bytes) -> None:
         """Bytes of the body that were read otherwise than by `chunks`: what makes two requests the same."""
-        self._digest.update(data)
+        if self._seen is None:
+            self._seen = hashlib.sha256()
+        self._seen.update(data)
 
     async def once(self, work: Callable[[], Awaitable["Answer"]]) -> web.StreamResponse:
         """Runs `work` with `db` in a transaction and returns its answer; under an Idempotency-Key that took effect
@@ -273,7 +278,7 @@ class Request:
             return response
 
     def _body_hash(self) -> bytes:
-        digest = self._digest.copy()
+        digest = hashlib.sha256() if self._seen is None else self._seen.copy()
         digest.update(b"\0" + self.raw.query_string.encode())
         return bytes(digest.digest())
 
@@ -338,6 +343,13 @@ def serve(
 ) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
     """The aiohttp handler of an endpoint."""
     ctx = replace(ctx, pool=cast("Pool", PatientPool(ctx.pool)))
+    if endpoint.auth == "public" and endpoint.raw_body and not endpoint.parameters:
+
+        async def at_once(raw: web.Request) -> web.StreamResponse:
+            request = Request(ctx, ctx.pool, raw, endpoint)
+            return _respond(endpoint, await endpoint.handler(request))
+
+        return at_once  # there is nothing to check
 
     async def handle(raw: web.Request) -> web.StreamResponse:
         request = Request(ctx, ctx.pool, raw, endpoint)
@@ -347,7 +359,7 @@ def serve(
             request.query = _query(raw, endpoint.query)
         if not endpoint.raw_body:
             body = await read_body(raw, endpoint.body_limit)
-            request._digest.update(body)
+            request.seen(body)
             request.body = _parse(body, endpoint.body) if endpoint.body else None
         if (endpoint.transaction or endpoint.idempotent) and not endpoint.raw_body:
             response = await request.once(lambda: endpoint.handler(request))
@@ -410,8 +422,12 @@ def _query(raw: web.Request, model: type[Model]) -> Model:
 
 async def read_body(raw: web.Request, limit: int) -> bytes:
     """The body, or 413 as soon as it is known to be too large."""
-    body = bytearray()
-    if (raw.content_length or 0) <= limit:
+    if raw.content.is_eof() and not raw.content.exception():  # it came with its headers, as most do
+        whole = raw.content.read_nowait()
+        if len(whole) <= limit:
+            return whole
+    elif (raw.content_length or 0) <= limit:
+        body = bytearray()
         async for chunk in raw.content.iter_any():
             body += chunk
             if len(body) > limit:
@@ -461,12 +477,13 @@ def _respond(endpoint: Endpoint, answer: Answer) -> web.StreamResponse:
     return _json(orjson.dumps(answer, option=orjson.OPT_UTC_Z), endpoint.status)
 
 
+_JSON = {"Content-Type": "application/json; charset=utf-8"}
+
+
 def _json(body: bytes, status: int, headers: Mapping[str, str] | None = None) -> web.Response:
     if not body:
         return web.Response(status=status, headers=headers)
-    return web.Response(
-        body=body, status=status, headers=headers, content_type="application/json", charset="utf-8"
-    )
+    return web.Response(body=body, status=status, headers={**_JSON, **(headers or {})})
 
 
 # -------------------------------------------------------------------------------------- every answer
@@ -480,7 +497,7 @@ async def frame(
     started = time.perf_counter()
     given = request.headers.get("X-Request-Id")
     request_id = _REQUEST_ID_CHARACTERS.sub("", given)[:128] if given else ""
-    request[_REQUEST_ID] = request_id or secrets.token_hex(16)
+    request[_REQUEST_ID] = request_id or f"{_PROCESS}{next(_NUMBERS):08x}"
     # Not undone: the next request of this connection's task has its own.
     structlog.contextvars.bind_contextvars(request_id=request[_REQUEST_ID])
     try:
@@ -495,15 +512,17 @@ async def frame(
     route = resource.canonical if resource else "(unknown)"
     took = time.perf_counter() - started
     metrics.request_answered(request.method if resource else "(any)", route, response.status, took)
-    say = log.debug if route in _QUIET and response.status < 400 else log.info
-    say(
-        "request.answered",
-        method=request.method,
-        route=route,
-        status=response.status,
-        ms=round(took * 1000, 1),
-        tenant=request.get(_TENANT),
-    )
+    quiet = route in _QUIET and response.status < 400
+    if not quiet or telemetry.says_debug():
+        say = log.debug if quiet else log.info
+        say(
+            "request.answered",
+            method=request.method,
+            route=route,
+            status=response.status,
+            ms=round(took * 1000, 1),
+            tenant=request.get(_TENANT),
+        )
     return response
 
 

@@ -47,7 +47,7 @@ async def dlr(req: Request) -> dict[str, object]:
     except mitto.BadDlr as bad:
         raise ApiError(400, "VALIDATION_ERROR", str(bad)) from None
     rows = [
-        ReceiptRow(account_id, r.provider_id, int(r.state), r.at, r.description)
+        ReceiptRow(account_id, r.provider_id, r.state, r.at, r.description)
         for r in read.receipts
         if r.state is not None
     ]

@@ -226,3 +226,68 @@ begin
   return query select null::bigint, 0, 0::bigint, 0::bigint, 0,
                       case when back is not null then greatest(back, now_ + 1000) end, now_, coalesce(why, 'work'), 0;
 end $$;
+
+-- A slot that was missed between intent and first byte, for another one in the same round trip: the grant moves, lease
+-- and intent stay. Up to two horizons ahead, as others have the next slots already. Null: there is none soon, or nothing
+-- may leave now; the old one is given back then. For a single message a campaign's batch makes way, as in `claim`.
+create or replace function retake_slot(p_batch bigint, p_epoch int, p_lead bigint, p_horizon bigint, p_global int) returns bigint
+language plpgsql as $$
+declare
+  b batch; acc traffic_account; te tenant; a rate; r rate; t rate; tm rate; s bigint; way bigint; now_ bigint; rps int;
+  due int; shut bigint;
+begin
+  perform set_config('synchronous_commit', 'off', true);   -- forgotten, it would take the limiter's state along
+  select * into b from batch where id = p_batch and epoch = p_epoch and state = 3 for no key update;
+  if not found then return null; end if;
+  select * into te from tenant where id = b.tenant_id;
+  due := coalesce(b.cost, b.n);
+  a := rate_lock(1, b.account_id, p_horizon);
+  perform give_back(b.account_id, b.tenant_id, b.slot, due);
+  select * into acc from traffic_account where id = b.account_id;
+  a := rate_lock(1, b.account_id, p_horizon);
+  now_ := clock_us();
+  rps := limit_now(acc.requests_per_second, acc.ceiling, acc.ceiling_at);
+  s := greatest(now_ + p_lead, rate_earliest(a, 1, rps), a.last + pace_us(a.last_cost, rps));
+  shut := a.closed_until;
+  if p_global is not null then
+    r := rate_lock(0, 0, p_horizon);
+    s := greatest(s, rate_earliest(r, 1, p_global));
+    shut := greatest(shut, r.closed_until);
+  end if;
+  if acc.messages_per_second is not null then
+    r := rate_lock(2, b.account_id, p_horizon);
+    s := greatest(s, rate_earliest(r, due, acc.messages_per_second),
+                  r.last + pace_us(r.last_cost, acc.messages_per_second));
+    shut := greatest(shut, r.closed_until);
+  end if;
+  t := rate_lock(3, b.tenant_id, p_horizon);
+  s := greatest(s, rate_earliest(t, 1, te.requests_per_second));
+  if te.messages_per_second is not null then
+    tm := rate_lock(4, b.tenant_id, p_horizon);
+    s := greatest(s, rate_earliest(tm, due, te.messages_per_second));
+  end if;
+  if b.campaign_id = 0 and s > now_ + p_lead + 5000 then
+    way := make_way(acc, b.tenant_id,
+                    rate_fits(t, 1, te.requests_per_second)
+                    and (te.messages_per_second is null or rate_fits(tm, due, te.messages_per_second)),
+                    due, rps, s - 5000, greatest(now_ + p_lead, shut, t.closed_until, tm.closed_until));
+    s := coalesce(way, s);
+  end if;
+  if s > now_ + 2 * p_horizon or acc.paused_reason is not null or wait_until(acc.blocked_until, now_) > now_
+     or (select l.paused or l.closed from lane l where l.id = b.lane_id) then
+    s := null;
+  else
+    perform rate_keep(rate_take(rate_lock(1, b.account_id, p_horizon), s, 1));
+    if p_global is not null then perform rate_keep(rate_take(rate_lock(0, 0, p_horizon), s, 1)); end if;
+    if acc.messages_per_second is not null then
+      perform rate_keep(rate_take(rate_lock(2, b.account_id, p_horizon), s, due));
+    end if;
+    perform rate_keep(rate_take(rate_lock(3, b.tenant_id, p_horizon), s, 1));
+    if te.messages_per_second is not null then
+      perform rate_keep(rate_take(rate_lock(4, b.tenant_id, p_horizon), s, due));
+    end if;
+    update attempt set slot_at = from_us(s) where batch_id = b.id and n = b.attempt;
+  end if;
+  update batch set slot = s where id = b.id;
+  return s;
+end $$;

@@ -74,7 +74,14 @@ select settle_batch($1, $2, $3, $4, $5, $6, $7, $8, $9);
 select slot, now_us, back_us from grant_request($1, $2, $3);
 
 -- name: apply_receipts
--- Largest state seen wins; ids not known yet are kept, and so is, as it came and once, what could not be read.
+-- Largest state seen wins; ids not known yet are kept.
+select updated, kept
+  from apply_receipts(string_to_array($1, ',', '')::bigint[], string_to_array($2, E'\n'),
+                      string_to_array($3, ',')::smallint[], string_to_array($4, ',', '')::timestamptz[],
+                      coalesce($5, array_fill(null::text, array[1])));
+
+-- name: apply_receipts_and_keep
+-- Likewise, and what could not be read is kept as it came, once.
 with raw as (
   insert into raw_receipt (account_id, body, why)
   select u.account_id, u.body, min(u.why)
@@ -82,7 +89,10 @@ with raw as (
    where not exists (select from raw_receipt k where md5(k.body) = md5(u.body) and k.body = u.body
                                                  and k.account_id is not distinct from u.account_id)
    group by u.account_id, u.body order by min(u.place))
-select updated, kept from apply_receipts($1, $2, $3, $4, $5);
+select updated, kept
+  from apply_receipts(string_to_array($1, ',', '')::bigint[], string_to_array($2, E'\n'),
+                      string_to_array($3, ',')::smallint[], string_to_array($4, ',', '')::timestamptz[],
+                      coalesce($5, array_fill(null::text, array[1])));
 
 -- name: rejoin_receipts
 -- Early receipts whose message is known by now.
