@@ -57,7 +57,10 @@ class Sender:
         self._clock = queue.DatabaseClock()
         self._closed_until = 0.0
         # Of batches, and of single messages: those are written in a fraction of the time.
-        self._intent_seconds = {False: Recent(LEAD_SECONDS_FIRST), True: Recent(LEAD_SECONDS_FIRST)}
+        self._intent_seconds = {
+            False: Recent(LEAD_SECONDS_FIRST),
+            True: Recent(2 * LEAD_SECONDS_LEAST),
+        }
         self._accounts: dict[int, Pace] = {}
         self._loops: dict[int, asyncio.Task[None]] = {}
         self._stopping = asyncio.Event()
