@@ -106,6 +106,7 @@ class Questions:
             try:
                 fetched = await self._client.fetch(account, provider_id, turn.gate)
             except mitto.Withdrawn:
+                await self.give_back(account.id, turn)
                 continue
             await self.count_late(account.id, turn, fetched.arrived_by)
             return fetched
@@ -132,6 +133,10 @@ class Questions:
                 raise mitto.Withdrawn("past its slot")
 
         return gate
+
+    async def give_back(self, account_id: int, turn: Turn) -> None:
+        """A turn that was not used: its gate was shut."""
+        await queue.give_back_request(self._pool, account_id, turn.slot_us)
 
     async def count_late(self, account_id: int, turn: Turn, arrived_by: float | None) -> None:
         """A request that may have arrived later than its slot allows is counted from then on."""

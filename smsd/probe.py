@@ -266,12 +266,16 @@ class _Probe:
                 await self._fetch(_made_up_id(), tries=1)
 
         why = f"none of {len(left)} quick GETs was throttled" if left else "not asked"
-        for ended in await asyncio.gather(
-            *(work() for _ in range(_AT_ONCE)), return_exceptions=True
-        ):
+        workers = {asyncio.create_task(work()) for _ in range(_AT_ONCE)}
+        pending = workers
+        while pending and not self.throttled:
+            _, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+        for one in pending:  # they would wait as long as Mitto asked for
+            one.cancel()
+        for ended in await asyncio.gather(*workers, return_exceptions=True):
             if isinstance(ended, _Open):
                 why = str(ended)
-            elif ended is not None:
+            elif isinstance(ended, Exception):
                 raise ended
         if not self.throttled:
             self._found("throttle", None, why)
@@ -296,11 +300,13 @@ class _Probe:
         for _ in range(_TRIES):
             try:
                 turn = await self.questions.turn(self.account.id, self.ends_at)
-                result = await self.client.send(self.account, items, turn.gate)
-            except mitto.Withdrawn:
-                continue
             except TooLate as late:
                 raise self._no_time(late) from None
+            try:
+                result = await self.client.send(self.account, items, turn.gate)
+            except mitto.Withdrawn:
+                await self.questions.give_back(self.account.id, turn)
+                continue
             await self.questions.count_late(self.account.id, turn, result.arrived_by)
             if result.outcome is Outcome.THROTTLED:
                 await self._wait_as_told(result.status, result.retry_after_seconds)

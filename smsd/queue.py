@@ -280,6 +280,11 @@ async def grant_request(
     return row["slot"], row["now_us"], row["back_us"]
 
 
+async def give_back_request(db: Executor, account_id: int, slot_us: int) -> None:
+    """A slot of `grant_request` that was missed is the account's again."""
+    await db.execute(SQL["give_back_request"], account_id, slot_us)
+
+
 async def wake_stranded(db: Executor) -> int:
     """Wakes idle lanes that have something to do; how many there were (0, unless a wake was lost in a crash)."""
     return len(await db.fetch(SQL["wake_stranded"]))

@@ -494,6 +494,8 @@ async def test_an_account_that_shuffles_its_answers_is_found_out_before_ids_are_
 async def test_an_answer_in_order_is_looked_at_first_and_then_one_in_fifty(
     pool: database.Pool, shop: Shop, provider: Simulator
 ) -> None:
+    # At a pace, or all hundred were answered while the first was looked at.
+    await pool.execute("update traffic_account set requests_per_second = 100")
     await shop.sending(200, batch_size=2)
     async with working(pool, shop.replica_id, provider.url, mitto_timeout=5) as work:
         await work.until_done()

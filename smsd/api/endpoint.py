@@ -343,7 +343,11 @@ def serve(
 ) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
     """The aiohttp handler of an endpoint."""
     ctx = replace(ctx, pool=cast("Pool", PatientPool(ctx.pool)))
-    if endpoint.auth == "public" and endpoint.raw_body and not endpoint.parameters:
+    if (
+        endpoint.auth == "public"
+        and endpoint.raw_body
+        and not (endpoint.parameters or endpoint.query)
+    ):
 
         async def at_once(raw: web.Request) -> web.StreamResponse:
             request = Request(ctx, ctx.pool, raw, endpoint)

@@ -73,6 +73,10 @@ select settle_batch($1, $2, $3, $4, $5, $6, $7, $8, $9);
 -- One request of the account's limit for a GET: its slot, or when to come back.
 select slot, now_us, back_us from grant_request($1, $2, $3);
 
+-- name: give_back_request
+-- What grant_request gave and was not used.
+select give_back($1, 0, $2, 0);
+
 -- name: apply_receipts
 -- Largest state seen wins; ids not known yet are kept.
 select updated, kept

@@ -457,6 +457,11 @@ class Campaign:
         )
 
     async def received(self, seconds: float = 60) -> Any:
-        """Its status, once it ended and every receipt is in."""
+        """Its status, once it ended, nothing of it is on its way, and every receipt is in."""
         await self.ended(seconds)
-        return await self.until(lambda status: not status["metrics"]["pendingDelivery"], seconds)
+
+        def is_quiet(status: Any) -> bool:
+            figures = status["metrics"]
+            return not figures["pendingDelivery"] and not figures["processing"]
+
+        return await self.until(is_quiet, seconds)
