@@ -46,7 +46,8 @@ async def test_a_provider_that_fails_every_third_request_and_doubles_its_receipt
     scenario = Scenario(1, tenants(20_000, 100), switches=switches, seconds=LONG / 2, singles=False)
     verdict, _ = await befall.run(scenario, dsn, tmp_path)
     spoken_for(verdict)
-    assert verdict.accepted > 0.9 * verdict.messages
+    # Some 8 in 100 of 200 requests were not accepted and nobody can say so; by chance it may be 15.
+    assert verdict.accepted > 0.84 * verdict.messages
 
 
 async def test_three_replicas_of_which_two_are_killed_about_every_second(
