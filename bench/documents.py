@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-BLOCK = re.compile(r"(<!-- bench: (\w+) -->\n).*?(<!-- end of bench -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- bench: ([\w-]+) -->\n).*?(<!-- end of bench -->)", re.DOTALL)
 
 
 def write(document: Path, folder: Path) -> list[str]:
@@ -33,7 +33,7 @@ def block(content: dict[str, Any], chart: str) -> str:
     compared = f", × what {content['reference']} has" if content["reference"] else ""
     return (
         f"![{content['name']}]({chart})\n\n{content['table']}\n\n"
-        f"Medians of {runs} runs (least–most){compared}. {machine['cores']} cores ({machine['cpu']}),"
+        f"{f'Medians of {runs} runs' if runs > 1 else 'One run'} (least–most){compared}. {machine['cores']} cores ({machine['cpu']}),"
         f" {machine['memory_bytes'] / 2**30:.0f} GB, Postgres {machine['postgres']}, Python"
         f" {machine['python']}; {content['date'][:10]}, `{content['command']}`.\n"
     )
