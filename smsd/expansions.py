@@ -44,7 +44,7 @@ class Expansion:
     filter_age_group: str | None
     link_url: str | None
     account_id: int
-    well_ahead: bool = False
+    well_ahead: bool
 
     @property
     def place(self) -> tuple[int, int, int]:

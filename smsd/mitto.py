@@ -672,7 +672,7 @@ def _moment(value: object) -> datetime | None:
         match value:
             case bool():
                 return None
-            case str() if "-" in value or not _EPOCH.fullmatch(value.strip()):
+            case str() if not _EPOCH.fullmatch(value.strip()):
                 moment = datetime.fromisoformat(value.strip())
             case str() | int() | float():
                 seconds = float(value)
@@ -685,8 +685,6 @@ def _moment(value: object) -> datetime | None:
     # Beyond these years it is a default value ("0001-01-01") or nonsense.
     if not 2000 <= moment.year < 2100:
         return None
-    if moment.tzinfo is UTC:
-        return moment
     return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 

@@ -38,6 +38,11 @@ class Grant(NamedTuple):
     slot_us: int
     cost: int = 0
 
+    @property
+    def is_single(self) -> bool:
+        """One message of the priority class, and not a campaign's batch."""
+        return self.campaign_id == 0
+
 
 class Claim(NamedTuple):
     """What a claim brought: grants, or what it waits for and when to come back (None: at the next wake)."""
@@ -443,17 +448,15 @@ async def apply_receipts(
     """Applies receipts, and keeps what could not be read, in one transaction: (messages that moved, receipts kept
     for ids not known yet)."""
     accounts, ids, states, ats, descriptions = _columns(receipts, 5)
-    columns = (
+    row = await db.fetchrow(
+        SQL["apply_receipts"],
         ",".join(["" if one is None else str(one) for one in accounts]),
         _joined(ids),
         ",".join(map(str, states)),
         ",".join(["" if at is None else at.isoformat() for at in ats]),
         descriptions if any(descriptions) or not receipts else None,
+        *_columns(raw, 3),
     )
-    if raw:
-        row = await db.fetchrow(SQL["apply_receipts_and_keep"], *columns, *_columns(raw, 3))
-    else:
-        row = await db.fetchrow(SQL["apply_receipts"], *columns)
     assert row is not None
     updated, kept = row["updated"], row["kept"]
     metrics.receipts(received=len(receipts), applied=updated, early=kept, raw=len(raw))

@@ -214,7 +214,7 @@ class Sender:
 
     async def _intend(self, grant: queue.Grant) -> queue.Intent | None:
         """Writes the intent shortly before the slot. None: not to be posted, and the batch is back in its place."""
-        single = grant.campaign_id == 0
+        single = grant.is_single
         await _first_of(
             self._clock.maybe_at(grant.slot_us) - self._lead_seconds(single=single) - mitto.clock(),
             self._stopping,
@@ -308,7 +308,7 @@ class Sender:
         return gate
 
     async def _retake(self, grant: queue.Grant) -> queue.Grant | None:
-        single = grant.campaign_id == 0
+        single = grant.is_single
         lead_us = int(self._lead_seconds(single=single) * 1e6)
         all_limit = self._settings.requests_per_second
         before = mitto.clock()
@@ -450,7 +450,7 @@ class Sender:
                 await self._pause(credentials, "MISDIRECTED", detail)
             case Outcome.TOO_LARGE if len(intent.ids) > 1:
                 await queue.lower_largest_request(self._pool, account_id, len(intent.ids))
-            case Outcome.LANE_BROKEN if grant.campaign_id:
+            case Outcome.LANE_BROKEN if not grant.is_single:
                 reason = "FORBIDDEN_BY_PROVIDER"
                 _, others = await queue.pause_campaign_of(
                     self._pool, grant.batch_id, reason, detail
@@ -474,7 +474,7 @@ class Sender:
             case Outcome.TOO_LARGE:
                 action = "back" if len(intent.ids) > 1 else "refused"
             case Outcome.LANE_BROKEN:
-                action = "back" if grant.campaign_id else "refused"
+                action = "refused" if grant.is_single else "back"
             case Outcome.UNKNOWN:
                 action = "unknown"
             case _:  # never left, throttled, a broken account, misdirected

@@ -343,17 +343,6 @@ def serve(
 ) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
     """The aiohttp handler of an endpoint."""
     ctx = replace(ctx, pool=cast("Pool", PatientPool(ctx.pool)))
-    if (
-        endpoint.auth == "public"
-        and endpoint.raw_body
-        and not (endpoint.parameters or endpoint.query)
-    ):
-
-        async def at_once(raw: web.Request) -> web.StreamResponse:
-            request = Request(ctx, ctx.pool, raw, endpoint)
-            return _respond(endpoint, await endpoint.handler(request))
-
-        return at_once  # there is nothing to check
 
     async def handle(raw: web.Request) -> web.StreamResponse:
         request = Request(ctx, ctx.pool, raw, endpoint)
@@ -426,12 +415,8 @@ def _query(raw: web.Request, model: type[Model]) -> Model:
 
 async def read_body(raw: web.Request, limit: int) -> bytes:
     """The body, or 413 as soon as it is known to be too large."""
-    if raw.content.is_eof() and not raw.content.exception():  # it came with its headers, as most do
-        whole = raw.content.read_nowait()
-        if len(whole) <= limit:
-            return whole
-    elif (raw.content_length or 0) <= limit:
-        body = bytearray()
+    body = bytearray()
+    if (raw.content_length or 0) <= limit:
         async for chunk in raw.content.iter_any():
             body += chunk
             if len(body) > limit:

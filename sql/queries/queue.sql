@@ -78,14 +78,7 @@ select slot, now_us, back_us from grant_request($1, $2, $3);
 select give_back($1, 0, $2, 0);
 
 -- name: apply_receipts
--- Largest state seen wins; ids not known yet are kept.
-select updated, kept
-  from apply_receipts(string_to_array($1, ',', '')::bigint[], string_to_array($2, E'\n'),
-                      string_to_array($3, ',')::smallint[], string_to_array($4, ',', '')::timestamptz[],
-                      coalesce($5, array_fill(null::text, array[1])));
-
--- name: apply_receipts_and_keep
--- Likewise, and what could not be read is kept as it came, once.
+-- Largest state seen wins; ids not known yet are kept, and so is, as it came and once, what could not be read.
 with raw as (
   insert into raw_receipt (account_id, body, why)
   select u.account_id, u.body, min(u.why)

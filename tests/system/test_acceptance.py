@@ -3,6 +3,7 @@
 import asyncio
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,11 +44,13 @@ async def test_a_provider_that_fails_every_third_request_and_doubles_its_receipt
         "reset_before_reading": 0.01, "reset_after_reading": 0.01, "accept_then_reset": 0.01,
         "dlr_doubled": 0.3, "dlr_out_of_order": 0.3, "dlr_before_answer": 0.2, "latency_seconds": 0.05,
     }  # fmt: skip
-    scenario = Scenario(1, tenants(20_000, 100), switches=switches, seconds=LONG / 2, singles=False)
+    # Many small requests: of 200, a tenth may be lost on the way by chance.
+    [plan] = tenants(20_000, 200)
+    plan = replace(plan, batch_size=max(2, plan.messages // 2_000))
+    scenario = Scenario(1, (plan,), switches=switches, seconds=LONG / 2, singles=False)
     verdict, _ = await befall.run(scenario, dsn, tmp_path)
     spoken_for(verdict)
-    # Some 8 in 100 of 200 requests were not accepted and nobody can say so; by chance it may be 15.
-    assert verdict.accepted > 0.84 * verdict.messages
+    assert verdict.accepted > 0.9 * verdict.messages
 
 
 async def test_three_replicas_of_which_two_are_killed_about_every_second(
