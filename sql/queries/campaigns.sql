@@ -124,7 +124,8 @@ with used as (
     join lane l on l.id = e.lane_id
     join traffic_account a on a.id = l.account_id
     join tenant t on t.id = e.tenant_id
-    left join rate r on r.scope in (1, 2) and r.id = a.id or r.scope in (3, 4) and r.id = t.id
+    cross join lateral (values (1, a.id), (2, a.id), (3, t.id), (4, t.id)) as w(scope, id)
+    left join lateral rate_newest(w.scope, w.id) r on true
    where e.campaign_id = $1)
 select case when bool_or(paused_reason is not null) then 'account_paused'
             when bool_or(blocked) then 'account_throttled'

@@ -5,7 +5,7 @@ select clock_timestamp() as now,
        (select count(*) from replica where gone_at is null
            and beat_at > clock_timestamp() - make_interval(secs => $1)) as replicas,
        (select max(coalesce(gone_at, beat_at)) from replica) as last_beat_at,
-       coalesce((select rate_used(r) from rate r where r.scope = 0 and r.id = 0), 0) as requests_used,
+       coalesce((select rate_used(r) from rate_newest(0, 0) r), 0) as requests_used,
        instance_is_kept() as kept, (select found_at from instance) as found_at,
        array(select unnest(awaited) from instance except select unnest(asserted) from instance order by 1) as awaited;
 
@@ -41,8 +41,8 @@ select a.id, a.name, a.paused_reason, a.paused_detail, a.updated_at, a.requests_
        b.n as breakers, b.opened_at as breaker_since, b.until as breaker_until, b.detail as breaker_detail
   from traffic_account a
   cross join lateral (select limit_now(a.requests_per_second, a.ceiling, a.ceiling_at) as rps) x
-  left join rate r on r.scope = 1 and r.id = a.id
-  left join rate m on m.scope = 2 and m.id = a.id and a.messages_per_second is not null
+  left join lateral rate_newest(1, a.id) r on true
+  left join lateral rate_newest(2, a.id) m on a.messages_per_second is not null
   left join awake on awake.account_id = a.id
   cross join lateral (select count(*) as n from batch where account_id = a.id and state in (2, 3)) f
   cross join lateral (
@@ -85,8 +85,8 @@ turn as (                                               -- the order in which a 
            order by l.class, greatest(coalesce(s.v, 0), r.v), coalesce(s.v, 0), greatest(l.v, coalesce(s.lane_v, 0)), l.id
          ) as position
     from lane l
-    join rate r on r.scope = 1 and r.id = l.account_id
-    left join share s on s.account_id = l.account_id and s.tenant_id = l.tenant_id
+    join lateral rate_newest(1, l.account_id) r on true
+    left join lateral share_newest(l.account_id, l.tenant_id) s on true
    where l.account_id in (select account_id from page)
      and not l.idle and not l.paused and not l.closed and l.not_before <= clock_us() + 100000)
 select l.id, l.account_id, l.tenant_id, l.campaign_id, l.class = 0 as priority, l.paused,
@@ -106,8 +106,8 @@ select l.id, l.account_id, l.tenant_id, l.campaign_id, l.class = 0 as priority, 
   join tenant t on t.id = l.tenant_id
   left join campaign c on c.id = l.campaign_id
   left join expansion e on e.campaign_id = l.campaign_id
-  left join rate r on r.scope = 3 and r.id = t.id
-  left join rate m on m.scope = 4 and m.id = t.id and t.messages_per_second is not null
+  left join lateral rate_newest(3, t.id) r on true
+  left join lateral rate_newest(4, t.id) m on t.messages_per_second is not null
   left join turn on turn.id = l.id
   cross join lateral (
     select count(*) filter (where kind = 'ready') as ready,
