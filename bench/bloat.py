@@ -1,20 +1,20 @@
-"""Half an hour of campaigns at a steady rate while another session holds a snapshot, against the same half hour without.
+"""Half an hour of campaigns at a steady rate while another session holds a snapshot, and the same once it is gone.
 
 Vacuum clears no row version that the snapshot may still see, so the rows that every claim and every answer change
-leave their old versions behind. At the start, in the middle and at the end: what a claim, an intent, an answer and a
-group of receipts take at the steady rate, and the rate that bursts without any limit reach.
+leave their old versions behind. Before, in the middle, at the end, and after the snapshot is gone and vacuum has run,
+among as many rows as at the end: what a claim, an intent, an answer and a group of receipts take at the steady rate,
+and the rate that bursts without any limit reach.
 """
 
 import contextlib
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from statistics import median
 
 import asyncpg
 
 from bench.campaigns import Campaigns, installation, sizes
-from bench.common import Machine, Mitto, Options, Results, ratio, report, show
+from bench.common import Machine, Mitto, Options, ratio, report
 from smsd.database import Connection
 
 MINUTES, QUICK_MINUTES = 30.0, 0.05
@@ -58,23 +58,13 @@ def per_call(before: Calls, after: Calls) -> dict[str, float]:
 
 
 class Bloat:
-    """One half hour, clean or beside a snapshot."""
+    """Looks at an installation: so many seconds at the steady rate, then bursts."""
 
-    def __init__(self, campaigns: Campaigns, minutes: float) -> None:
-        self._campaigns, self._minutes = campaigns, minutes
-        self._window = min(WINDOW_SECONDS, minutes * 60 / 10)
+    def __init__(self, campaigns: Campaigns, window_seconds: float) -> None:
+        self._campaigns, self._window = campaigns, window_seconds
 
-    async def live(self) -> Results:
-        """Figures at the start, in the middle and at the end."""
-        half = self._minutes * 30
-        return {
-            "start": await self._look(self._window),
-            "middle": await self._look(half),
-            "end": await self._look(half),
-        }
-
-    async def _look(self, seconds: float) -> dict[str, list[float]]:
-        """At the steady rate for so long, then bursts without a limit."""
+    async def look(self, seconds: float = 0.0) -> dict[str, list[float]]:
+        """Figures after so many seconds more."""
         campaigns = self._campaigns
         await campaigns.limit(REQUESTS_PER_SECOND)
         if seconds > self._window:
@@ -112,51 +102,39 @@ async def _snapshot(dsn: str) -> AsyncIterator[None]:
         await holder.close()
 
 
-async def _half_hour(
-    machine: Machine, mitto: Mitto, n: int, minutes: float, *, held: bool
-) -> tuple[Results, dict[str, int]]:
-    async with contextlib.AsyncExitStack() as stack:
-        campaigns = await stack.enter_async_context(
-            installation(
-                machine, mitto, n, prepare=TRACK, receipts_a_post=RECEIPTS_A_POST, batch_size=BATCH
-            )
-        )
-        await campaigns.burst()  # plans and caches are warm
-        await campaigns.settle()
-        if held:
-            await stack.enter_async_context(_snapshot(campaigns.dsn))
-        bloat = Bloat(campaigns, minutes)
-        results, dead = await bloat.live(), await bloat.dead()
-        await campaigns.audited()
-    for when, figures in results.items():
-        name = "snapshot held" if held else "clean"
-        print(
-            f"  {name}, {when}: {', '.join(f'{f} {show(median(x))}' for f, x in figures.items())}"
-        )
-    print(f"  dead row versions: {', '.join(f'{table} {k:,}' for table, k in dead.items())}")
-    return results, dead
-
-
 async def run(machine: Machine, options: Options) -> None:
-    """The benchmark: once clean, once beside a snapshot. Half an hour is repetition enough for its steady figures."""
+    """The benchmark, once: half an hour is repetition enough for its steady figures."""
     minutes = options.minutes or (QUICK_MINUTES if options.quick else MINUTES)
     n = QUICK_CAMPAIGN if options.quick else next(iter(options.messages), CAMPAIGN)
-    async with Mitto(machine.folder) as mitto:
+    async with (
+        Mitto(machine.folder) as mitto,
+        installation(
+            machine, mitto, n, prepare=TRACK, receipts_a_post=RECEIPTS_A_POST, batch_size=BATCH
+        ) as campaigns,
+    ):
+        await campaigns.burst()  # plans and caches are warm
+        await campaigns.settle()
+        bloat = Bloat(campaigns, min(WINDOW_SECONDS, minutes * 60 / 10))
+        results = {"before": await bloat.look()}
+        async with _snapshot(campaigns.dsn):
+            results["held, half time"] = await bloat.look(minutes * 30)
+            results["held, at the end"] = await bloat.look(minutes * 30)
+            dead = await bloat.dead()
+        await campaigns.db.execute("vacuum (analyze)")
         await machine.settle()
-        clean, clean_dead = await _half_hour(machine, mitto, n, minutes, held=False)
-        await machine.settle()
-        held, held_dead = await _half_hour(machine, mitto, n, minutes, held=True)
-    results = {}
-    for when in clean:
-        results[f"{when}, clean"], results[f"{when}, held"] = clean[when], held[when]
+        results["after"] = await bloat.look()
+        await campaigns.audited()
     report(
-        "bloat", results, machine, replace(options, runs=1), reference="end, clean",
-        figure=RATE, title=f"Messages/s without a limit, a snapshot held for {minutes:g} minutes",
+        "bloat", results, machine, replace(options, runs=1), reference="after", figure=RATE,
+        title=f"Messages/s without a limit, a snapshot held for {minutes:g} minutes",
         settings={
             "minutes": minutes, "messages a campaign": n, "batch": BATCH,
             "steady requests/s": REQUESTS_PER_SECOND, "receipts": f"in arrays of {RECEIPTS_A_POST}",
-            "dead, clean": clean_dead, "dead, held": held_dead,
+            "dead row versions at the end": dead,
         },
     )  # fmt: skip
-    reached = ratio(results, RATE, "end, held", "end, clean")
+    print(
+        f"dead row versions at the end: {', '.join(f'{table} {k:,}' for table, k in dead.items())}"
+    )
+    reached = ratio(results, RATE, "held, at the end", "after")
     print(f"at the end {reached:.0%} of the clean rate beside a snapshot (asked: {ASKED:.0%})")

@@ -3,20 +3,29 @@
 -- step, however many of their old versions a long snapshot keeps.
 
 -- While a snapshot is held, vacuum clears nothing, and an index leads to every version that a key has had. With the
--- version in it, read from its end, the newest comes first. No two rows of a key are written side by side: a limiter row
--- is locked before it is written, a share is written under its account's limiter row.
+-- version in it, read from its end, the newest comes first; enable_sort is off because to the planner, who counts one
+-- row a key, reading all versions and sorting them costs the same. No two rows of a key are written side by side: a limiter row
+-- is locked before it is written, and so is a tenant's credit; a share is written under its account's limiter row.
 alter table rate add column version bigint not null default 0, drop constraint rate_pkey,
   add primary key (scope, id, version);
 alter table share add column version bigint not null default 0, drop constraint share_pkey,
   add primary key (account_id, tenant_id, version);
+alter table credit add column version bigint not null default 0, drop constraint credit_pkey,
+  add primary key (tenant_id, version);
+-- By slot, so that who looks for those of a moment does not walk through all that ever were in flight.
+drop index batch_in_flight;
+create index batch_in_flight on batch (account_id, slot) where state in (2, 3);
 
 -- A limiter row as it stands.
-create function rate_newest(p_scope int, p_id bigint) returns setof rate language sql stable as $$
-  select * from rate where scope = p_scope and id = p_id order by version desc limit 1
-$$;
+create function rate_newest(p_scope int, p_id bigint) returns setof rate
+language plpgsql stable set enable_sort = off as $$
+begin
+  return query select * from rate where scope = p_scope and id = p_id order by version desc limit 1;
+end $$;
 
 -- The same, locked. Null: there is none.
-create function rate_hold(p_scope int, p_id bigint) returns rate language plpgsql as $$
+create function rate_hold(p_scope int, p_id bigint) returns rate
+language plpgsql set enable_sort = off as $$
 declare r rate;
 begin
   select * into r from rate where scope = p_scope and id = p_id order by version desc limit 1 for no key update;
@@ -24,7 +33,7 @@ begin
 end $$;
 
 -- Writes what was held.
-create or replace function rate_keep(r rate) returns void language plpgsql as $$
+create or replace function rate_keep(r rate) returns void language plpgsql set enable_sort = off as $$
 begin
   update rate set ts = r.ts, cum = r.cum, base = r.base, last = r.last, last_cost = r.last_cost, v = r.v,
                   singles = r.singles, closed_until = r.closed_until, version = rate.version + 1
@@ -140,6 +149,29 @@ begin
   return query select s, now_, null::bigint;
 end $$;
 
+-- ------------------------------------------------------------------------------------------- credits
+
+-- Every movement of money: the tenant's state and its ledger in one. False: a hold for which too little is available.
+create or replace function move_credits(p_tenant bigint, p_kind text, p_amount bigint, p_campaign bigint, p_batch bigint,
+                                        p_reason text) returns boolean language plpgsql set enable_sort = off as $$
+declare c credit;
+begin
+  if p_amount = 0 then return true; end if;
+  select * into c from credit where tenant_id = p_tenant order by version desc limit 1 for no key update;
+  update credit
+     set granted  = granted  + case when p_kind = 'grant' then p_amount else 0 end,
+         spent    = spent    + case when p_kind = 'spend' then p_amount else 0 end,
+         reserved = reserved + case p_kind when 'hold' then p_amount when 'grant' then 0 else -p_amount end,
+         version  = version + 1
+   where tenant_id = p_tenant and version = c.version
+     and (p_kind <> 'hold' or granted - spent - reserved >= p_amount)
+  returning * into c;
+  if not found then return false; end if;
+  insert into ledger (tenant_id, kind, amount, campaign_id, batch_id, reason, balance_after, reserved_after)
+  values (p_tenant, p_kind, p_amount, nullif(p_campaign, 0), p_batch, p_reason, c.granted - c.spent, c.reserved);
+  return true;
+end $$;
+
 -- ------------------------------------------------------------------------------------------- shares
 
 create function share_newest(p_account bigint, p_tenant bigint) returns setof share language sql stable as $$
@@ -148,7 +180,7 @@ $$;
 
 -- Under the lock of the account's limiter row.
 create function share_keep(p_account bigint, p_tenant bigint, p_v float8, p_lane_v float8) returns void
-language plpgsql as $$
+language plpgsql set enable_sort = off as $$
 begin
   update share set v = p_v, lane_v = p_lane_v, version = share.version + 1
    where account_id = p_account and tenant_id = p_tenant
@@ -163,7 +195,8 @@ end $$;
 
 -- Under the lock of the account's limiter row: a batch leased without intent goes back to its place, and what its lane
 -- and its tenant paid is theirs again. Whoever had it learns that from its intent, which finds it lost.
-create function take_back(b batch, acc traffic_account, p_why text) returns void language plpgsql as $$
+create function take_back(b batch, acc traffic_account, p_why text) returns void
+language plpgsql set enable_sort = off as $$
 declare paid float8 := greatest(1.0 / limit_now(acc.requests_per_second, acc.ceiling, acc.ceiling_at),
                                 b.cost::float8 / acc.messages_per_second); sh share;
 begin
@@ -181,15 +214,17 @@ create function missed_us() returns bigint language sql immutable as $$ select 1
 
 -- All that was leased of an account and missed its slot. Returns how many batches.
 create function take_back_missed(p_account bigint) returns int language plpgsql as $$
-declare b batch; acc traffic_account; n int := 0;
+declare b batch; acc traffic_account; missed bigint; n int := 0;
 begin
-  if not exists (select from batch where account_id = p_account and state = 2 and slot < clock_us() - missed_us()) then
+  missed := clock_us() - missed_us();
+  if not exists (select from batch where account_id = p_account and state = 2
+                                     and slot between missed - 6000000 and missed) then  -- earlier ones were reaped
     return 0;
   end if;
   perform rate_hold(1, p_account);
   select * into acc from traffic_account where id = p_account;
   for b in select x.* from batch x join lane l on l.id = x.lane_id
-            where x.account_id = p_account and x.state = 2 and x.slot < clock_us() - missed_us() and not l.closed
+            where x.account_id = p_account and x.state = 2 and x.slot between missed - 6000000 and missed and not l.closed
             order by x.slot for no key update of x skip locked
   loop
     perform take_back(b, acc, 'missed its slot');
@@ -229,7 +264,7 @@ create or replace function claim(p_account bigint, p_replica bigint, p_want int,
                       p_priority_only boolean, p_single_lead bigint default null)
 returns table (batch_id bigint, epoch int, campaign_id bigint, tenant_id bigint, n int, slot bigint, now_us bigint,
                waits_for text, cost int)
-language plpgsql set plan_cache_mode = force_generic_plan as $$
+language plpgsql set plan_cache_mode = force_generic_plan set enable_sort = off as $$
 #variable_conflict use_column
 declare
   a rate; am rate; g rate; t rate; tm rate; acc traffic_account; b batch; l record;

@@ -86,7 +86,7 @@ turn as (                                               -- the order in which a 
          ) as position
     from lane l
     join lateral rate_newest(1, l.account_id) r on true
-    left join lateral share_newest(l.account_id, l.tenant_id) s on true
+    left join share s on s.account_id = l.account_id and s.tenant_id = l.tenant_id
    where l.account_id in (select account_id from page)
      and not l.idle and not l.paused and not l.closed and l.not_before <= clock_us() + 100000)
 select l.id, l.account_id, l.tenant_id, l.campaign_id, l.class = 0 as priority, l.paused,
