@@ -444,7 +444,7 @@ async def test_a_campaign_s_batch_makes_way_for_a_single_message(
     await run(shop, clock, SECOND_US // 10)
     given = await leased(pool, clock.now_us)
     assert len(given) >= 9, "the whole horizon is given"
-    paid = await pool.fetchrow("select l.v, s.v as of_tenant from lane l, share s where l.v > 0")
+    paid = await pool.fetchrow("select t.v, s.v as of_tenant from lane_turn t, share s")
     await one_message(shop, 306911110001)
     (single,) = (await ask(shop, priority_only=True)).grants
     assert (single.campaign_id, single.slot_us) == (0, given[0])
@@ -457,7 +457,7 @@ async def test_a_campaign_s_batch_makes_way_for_a_single_message(
     grant = Grant(lost["id"], lost["epoch"], 1, shop.id, 5, given[0])
     assert (await queue.intent(pool, grant, shop.replica_id)).verdict == "lost"
     after = await pool.fetchrow(
-        "select l.v, s.v as of_tenant from lane l, share s where l.class = 1"
+        "select t.v, s.v as of_tenant from lane l join lane_turn t on t.lane_id = l.id, share s where l.class = 1"
     )
     assert paid is not None
     assert after is not None
@@ -478,7 +478,7 @@ async def test_what_was_leased_and_missed_its_slot_is_taken_back_with_all_it_too
         assert (await ask(shop)).grants == (), "a limiter that has no state yet is closed"
     await clock.move(2 * SECOND_US)
     killed, late = (await ask(shop, 2)).grants
-    of_campaign = "select l.v, s.v as of_tenant from lane l, share s where l.class = 1"
+    of_campaign = "select t.v, s.v as of_tenant from lane l join lane_turn t on t.lane_id = l.id, share s where l.class = 1"
     paid = await pool.fetchrow(of_campaign)
     assert paid is not None
     assert (await queue.intent(pool, late, shop.replica_id)).verdict == "post"

@@ -281,6 +281,23 @@ async def test_a_wake_that_commits_while_a_claim_finds_nothing_is_not_lost(shop:
     assert first.campaign_id == campaign_id
 
 
+async def test_a_wake_that_commits_while_a_claim_grants_another_batch_is_not_lost(
+    shop: Shop,
+) -> None:
+    campaign_id = await shop.sending(10)
+    lane = await lane_of(shop.pool, campaign_id)
+    (first,) = await shop.claim()
+    await queue.wake_lane(shop.pool, lane, 1_000)
+    await shop.pool.execute("update batch set state = 0, slot = null where id = $1", first.batch_id)
+    async with shop.pool.acquire() as waker, waker.transaction():
+        await queue.wake_lane(waker, lane, 0)
+        claiming = asyncio.create_task(ask(shop))
+        await until_somebody_waits(shop.pool)
+    (second,) = (await claiming).grants
+    assert second.batch_id != first.batch_id
+    assert [grant.batch_id for grant in await shop.claim()] == [first.batch_id]
+
+
 @pytest.mark.parametrize("asleep", ["idle = true", f"not_before = clock_us() + {SECOND_US}"])
 async def test_a_wake_is_heard_of_whatever_kind_of_sleep_it_ends(
     shop: Shop, dsn: str, asleep: str

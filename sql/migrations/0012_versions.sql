@@ -5,11 +5,23 @@
 -- While a snapshot is held, vacuum clears nothing, and an index leads to every version that a key has had. With the
 -- version in it, read from its end, the newest comes first; enable_sort is off because to the planner, who counts one
 -- row a key, reading all versions and sorting them costs the same. No two rows of a key are written side by side: a limiter row
--- is locked before it is written, and so is a tenant's credit; a share is written under its account's limiter row.
+-- is locked before it is written, and so is a tenant's credit; a share and a lane's turn are written under the limiter row
+-- of their account.
 alter table rate add column version bigint not null default 0, drop constraint rate_pkey,
   add primary key (scope, id, version);
 alter table share add column version bigint not null default 0, drop constraint share_pkey,
   add primary key (account_id, tenant_id, version);
+-- What each grant writes of a lane: how much it had, and before which of its batches all were taken. Unlogged: lost means
+-- equal again, and a look from the start. A lane's own row has where to look once more, by who woke it; its v is that of
+-- code before this.
+create unlogged table lane_turn (
+  lane_id  bigint not null references lane on delete cascade,
+  version  bigint not null default 0,
+  v        float8 not null,
+  cursor   bigint not null,
+  primary key (lane_id, version)
+) with (autovacuum_vacuum_cost_delay = 0);
+alter table lane alter cursor set default 9223372036854775807;
 alter table credit add column version bigint not null default 0, drop constraint credit_pkey,
   add primary key (tenant_id, version);
 -- By slot, so that who looks for those of a moment does not walk through all that ever were in flight.
@@ -53,7 +65,7 @@ begin
     insert into rate (scope, id, closed_until) values (p_scope, p_id, clock_us() + window_us() + 2 * p_horizon)
     on conflict do nothing;
     -- What the fair order knew is lost as well: all lanes are equal again.
-    if found and p_scope = 1 then update lane set v = 0 where account_id = p_id and v > 0; end if;
+    if found and p_scope = 1 then delete from lane_turn t using lane l where l.id = t.lane_id and l.account_id = p_id; end if;
   end loop;
   now_ := clock_us();
   if r.last > now_ + 2 * p_horizon + 1000000 or r.closed_until > now_ + 2 * window_us() then
@@ -191,6 +203,20 @@ begin
   end if;
 end $$;
 
+create function turn_newest(p_lane bigint) returns setof lane_turn language sql stable as $$
+  select * from lane_turn where lane_id = p_lane order by version desc limit 1
+$$;
+
+-- Likewise. p_cursor: null leaves it.
+create function turn_keep(p_lane bigint, p_v float8, p_cursor bigint) returns void
+language plpgsql set enable_sort = off as $$
+begin
+  update lane_turn set v = p_v, cursor = coalesce(p_cursor, cursor), version = lane_turn.version + 1
+   where lane_id = p_lane
+     and version = (select x.version from lane_turn x where x.lane_id = p_lane order by x.version desc limit 1);
+  if not found then insert into lane_turn (lane_id, v, cursor) values (p_lane, p_v, coalesce(p_cursor, 0)); end if;
+end $$;
+
 -- ------------------------------------------------------------------------------------------- what is taken back
 
 -- Under the lock of the account's limiter row: a batch leased without intent goes back to its place, and what its lane
@@ -201,7 +227,7 @@ declare paid float8 := greatest(1.0 / limit_now(acc.requests_per_second, acc.cei
                                 b.cost::float8 / acc.messages_per_second); sh share;
 begin
   perform withdraw(b.id, b.epoch, p_why);
-  update lane set v = v - paid where id = b.lane_id;
+  perform turn_keep(b.lane_id, t.v - paid, null) from turn_newest(b.lane_id) t;
   select * into sh from share_newest(acc.id, b.tenant_id);
   if found then
     perform share_keep(acc.id, b.tenant_id, sh.v - paid / (select weight from tenant where id = b.tenant_id), sh.lane_v);
@@ -298,17 +324,19 @@ begin
   while got < p_want and not taken loop
     hit := false;
     for l in
-      select ln.id, ln.tenant_id, ln.class, ln.v, ln.cursor, ln.wakes, te.weight, te.requests_per_second as rps,
+      select ln.id, ln.tenant_id, ln.class, coalesce(tu.v, 0) as v, ln.cursor as woken_from,
+             least(coalesce(tu.cursor, 0), ln.cursor) as cursor, ln.wakes, te.weight, te.requests_per_second as rps,
              te.messages_per_second as mps, coalesce(sh.v, 0) as share_v, coalesce(sh.lane_v, 0) as lane_v,
              case when a.singles >= 9 then ln.class = 1
                   else ln.class = 0 and coalesce(sh.v, 0) <= a.v + 1.0 / te.weight end as before_all
         from lane ln
         join tenant te on te.id = ln.tenant_id
         left join lateral share_newest(ln.account_id, ln.tenant_id) sh on true
+        left join lateral turn_newest(ln.id) tu on true
        where ln.account_id = p_account and not ln.idle and not ln.paused and not ln.closed
          and ln.not_before <= now_ + p_horizon and (ln.class = 0 or not p_priority_only)
        order by before_all desc, greatest(coalesce(sh.v, 0), a.v), coalesce(sh.v, 0),
-                greatest(ln.v, coalesce(sh.lane_v, 0)), ln.id
+                greatest(coalesce(tu.v, 0), coalesce(sh.lane_v, 0)), ln.id
     loop
       select * into b from batch
        where lane_id = l.id and state = 1 and not_before <= clock_timestamp()
@@ -395,11 +423,10 @@ begin
       start_ := greatest(l.v, l.lane_v);
       perform share_keep(p_account, l.tenant_id, greatest(a.v, l.share_v) + paid / l.weight, start_);
       if not l.before_all then a.v := greatest(a.v, l.share_v); end if;   -- who goes before its turn moves no clock
-      update lane
-         set v = start_ + paid,
-             cursor = case when b.state = 1 then cursor when wakes = l.wakes then b.first_id + 1
-                           else least(cursor, b.first_id + 1) end
-       where id = l.id;
+      perform turn_keep(l.id, start_ + paid, case b.state when 0 then b.first_id + 1 end);
+      if b.state = 0 and l.woken_from < 9223372036854775807 then      -- from here on the turn knows, unless woken again
+        update lane set cursor = 9223372036854775807 where id = l.id and wakes = l.wakes;
+      end if;
       update batch set state = 2, owner = p_replica, epoch = epoch + 1, slot = s, cost = whole where id = b.id;
       got := got + 1; hit := true;
       batch_id := b.id; epoch := b.epoch + 1; campaign_id := b.campaign_id; tenant_id := l.tenant_id; n := b.n;

@@ -82,11 +82,13 @@ page as (
 turn as (                                               -- the order in which a claim would look at them
   select l.id, row_number() over (
            partition by l.account_id
-           order by l.class, greatest(coalesce(s.v, 0), r.v), coalesce(s.v, 0), greatest(l.v, coalesce(s.lane_v, 0)), l.id
+           order by l.class, greatest(coalesce(s.v, 0), r.v), coalesce(s.v, 0), greatest(coalesce(t.v, 0), coalesce(s.lane_v, 0)),
+                    l.id
          ) as position
     from lane l
     join lateral rate_newest(1, l.account_id) r on true
     left join share s on s.account_id = l.account_id and s.tenant_id = l.tenant_id
+    left join lane_turn t on t.lane_id = l.id
    where l.account_id in (select account_id from page)
      and not l.idle and not l.paused and not l.closed and l.not_before <= clock_us() + 100000)
 select l.id, l.account_id, l.tenant_id, l.campaign_id, l.class = 0 as priority, l.paused,
