@@ -20,10 +20,12 @@ serve: .venv/.installed ## the daemon, with a Postgres of its own unless SMSD_DA
 	@.venv/bin/smsd serve
 
 test: lint ## every check, then every test
-	@$(VENV_PYTHON) -m pytest -n 3 --dist loadgroup
+	@$(VENV_PYTHON) -m pytest -n 3 --dist loadgroup -m "not alone"
+	@$(VENV_PYTHON) -m pytest -m alone
 
 coverage: .venv/.installed-dev ## every test, and which lines they reach
-	@$(VENV_PYTHON) -m pytest -n 3 --dist loadgroup --cov --cov-report=term:skip-covered
+	@$(VENV_PYTHON) -m pytest -n 3 --dist loadgroup -m "not alone" --cov --cov-report=
+	@$(VENV_PYTHON) -m pytest -m alone --cov --cov-append --cov-report=term:skip-covered
 
 chaos: .venv/.installed-dev ## real daemons under every fault for MINUTES=30; SEED=7 plays that run again
 	@PYTHONPATH=tests $(VENV_PYTHON) -m system.chaos --minutes $(or $(MINUTES),30) --first $(or $(FIRST),1) $(if $(SEED),--seed $(SEED))

@@ -812,6 +812,7 @@ def best_use(provider: Simulator, limit: int, seconds: int) -> float:
     return largest_window(arrivals(provider), seconds * SECOND_US) / seconds / limit
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("limit", "latency", "jitter"), [(100, 0.0, 0.0), (100, 0.2, 0.0), (50, 0.2, 0.6)]
 )

@@ -458,6 +458,7 @@ async def test_no_window_holds_more_than_the_limits_whatever_is_given_back_or_co
     assert min(turns[shop.id], turns[other.id]) > 0
 
 
+@pytest.mark.alone
 async def test_sixteen_claimers_on_the_real_clock_keep_the_limit_and_use_it(
     pool: database.Pool, account: int, shop: Shop, dsn: str
 ) -> None:

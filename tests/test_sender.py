@@ -520,6 +520,7 @@ async def test_nobody_waits_for_a_slot_that_a_clock_put_an_hour_ahead(
 # -------------------------------------------------------------------------------------- stop and go on
 
 
+@pytest.mark.alone
 async def test_a_stop_gives_back_what_has_not_left_and_waits_for_what_has(
     pool: database.Pool, shop: Shop, mitto: Simulator
 ) -> None:

@@ -108,6 +108,7 @@ async def reached(mitto: Simulator, rate: float, requests: int) -> None:
 # --------------------------------------------------------------------------------------------- limits
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("limit", [20, 100])
 async def test_two_replicas_together_keep_to_the_limit_and_use_it(
     pool: database.Pool, account: int, shop: Shop, mitto: Simulator, dsn: str, limit: int
@@ -140,6 +141,7 @@ async def test_a_batch_that_somebody_leased_and_never_sent_is_sent_soon_after_it
         await mitto.accepted_reached(1)
 
 
+@pytest.mark.alone
 async def test_a_tenant_s_lower_limit_holds_and_the_account_s_other_tenant_takes_the_rest(
     pool: database.Pool, account: int, shop: Shop, mitto: Simulator
 ) -> None:
@@ -160,6 +162,7 @@ async def test_a_tenant_s_lower_limit_holds_and_the_account_s_other_tenant_takes
     assert worst_second(arrivals[shop.id]) >= 80
 
 
+@pytest.mark.alone
 async def test_the_requests_in_flight_grow_to_what_a_slow_provider_needs_for_the_limit(
     pool: database.Pool, account: int, shop: Shop, mitto: Simulator
 ) -> None:
