@@ -25,7 +25,7 @@ async def judge(bench: "Bench") -> None:
     await _check_messages(bench)
     await _check_money(bench)
     await _check_leases(bench)
-    _check_limits(bench)
+    await _check_limits(bench)
     verdict.resolved = max(0, sum(one.most_unknown for one in bench.campaigns) - bench.unknown())
 
 
@@ -114,7 +114,7 @@ async def _check_leases(bench: "Bench") -> None:
     bench.verdict.check(not row["n"], f"{row['n']} batches are open at the end")
 
 
-def _check_limits(bench: "Bench") -> None:
+async def _check_limits(bench: "Bench") -> None:
     """Every second of each account and tenant against its limit, by the simulator's clock."""
     verdict, ledger = bench.verdict, bench.mitto.ledger
     of_tenant: defaultdict[str, dict[int, Request]] = defaultdict(dict)
@@ -129,16 +129,18 @@ def _check_limits(bench: "Bench") -> None:
             for one in ledger.requests
             if one.account == shop.account and (alone or one.kind != "get")
         ]
-        _judge(bench, of_account, plan.account_requests, f"requests of account {plan.account}")
+        await _judge(
+            bench, of_account, plan.account_requests, f"requests of account {plan.account}"
+        )
         if plan.account_messages is not None:
-            _judge(
+            await _judge(
                 bench,
                 of_account,
                 plan.account_messages,
                 f"messages of account {plan.account}",
                 messages=True,
             )
-        _judge(
+        await _judge(
             bench,
             list(of_tenant[f"Shop{number}"].values()),
             plan.requests,
@@ -147,7 +149,7 @@ def _check_limits(bench: "Bench") -> None:
     verdict.use = _use(bench)
 
 
-def _judge(
+async def _judge(
     bench: "Bench", requests: Sequence[Request], limit: int, whose: str, *, messages: bool = False
 ) -> None:
     """The largest window of a second, but for those in which this process was late itself. A process stopped
@@ -155,6 +157,7 @@ def _judge(
     zombies = {"stop", "stop@gate.passed", "stop@body.sent"}.intersection(bench.scenario.faults)
     arrivals = sorted((one.arrived_monotonic, one.messages if messages else 1) for one in requests)
     inside = oldest = worst = 0
+    worst_at = 0.0
     for at, cost in arrivals:
         inside += cost
         while at >= arrivals[oldest][0] + 1.0:
@@ -164,9 +167,40 @@ def _judge(
             bench.verdict.unjudged += 1
         else:
             bench.verdict.judged += 1
-            worst = max(worst, inside)
+            if inside > worst:
+                worst, worst_at = inside, at
     bench.verdict.worst = max(bench.verdict.worst, worst / limit)
-    bench.verdict.check(worst <= limit, f"{whose}: {worst} in a second, the limit is {limit}")
+    if worst > limit:
+        late = await _latest(
+            bench, [one for one in requests if 0 <= worst_at - one.arrived_monotonic < 1.0]
+        )
+        bench.verdict.check(False, f"{whose}: {worst} in a second, the limit is {limit}; {late}")
+
+
+async def _latest(bench: "Bench", requests: Sequence[Request]) -> str:
+    """Which of these arrived the latest after their slots, and what is known of the others."""
+    slots = {
+        (row["phone"], row["text"]): row
+        for row in await bench.execute(
+            "select m.phone, m.text, a.replica_id, extract(epoch from a.slot_at)::float8 as slot_at"
+            "  from message_shown m join batch b on b.id = m.batch_id"
+            "  join attempt a on a.batch_id = b.id and a.n = b.attempt"
+        )
+    }
+    of_request = {one.request: (one.destination, one.text) for one in bench.mitto.ledger.messages()}
+    late = sorted(
+        (
+            (one.arrived_at - row["slot_at"], row["replica_id"])
+            for one in requests
+            if (row := slots.get(of_request.get(one.number, (0, ""))))
+        ),
+        reverse=True,
+    )
+    latest = ", ".join(
+        f"{seconds * 1000:.0f} ms of replica {replica}" for seconds, replica in late[:3]
+    )
+    kinds = Counter(one.kind for one in requests)
+    return f"latest after their slots: {latest}; {dict(kinds)}"
 
 
 def _was_late(bench: "Bench", since: float, until: float) -> bool:
