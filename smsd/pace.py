@@ -29,8 +29,6 @@ BREAKER_AFTER = 3
 BREAKER_SECONDS_MOST = 30.0
 THROTTLE_SECONDS, THROTTLE_SECONDS_MOST = 0.25, 60.0
 SLOW_LOOK_SECONDS = 1.0
-MISSED_LOOK_SECONDS = 0.1
-"""How often to look for what was granted and missed its slot, while there is nothing to be had."""
 
 
 class Recent:
@@ -170,15 +168,6 @@ class Pace:
         self._open_until = 0.0
         self._halved_at = -math.inf
         self._throttled = 0
-        self._looked_at = -math.inf
-
-    def looks_for_missed(self) -> bool:
-        """Whether it is time to."""
-        now = mitto.clock()
-        if now - self._looked_at < MISSED_LOOK_SECONDS:
-            return False
-        self._looked_at = now
-        return True
 
     def room(self) -> tuple[int, bool]:
         """(how many batches to claim, whether only of the priority class)."""

@@ -264,12 +264,6 @@ async def retake_slot(
     return None if slot is None else grant._replace(slot_us=slot)
 
 
-async def take_back_missed(db: Executor, account_id: int) -> int:
-    """Gives back what was leased, by whomever, and had no intent yet 0.1 s after its slot: its replica was killed, or is
-    so late that the slot is lost. How many batches."""
-    return int(await db.fetchval(SQL["take_back_missed"], account_id) or 0)
-
-
 async def arrived_late(
     db: Executor, account_id: int, grant: Grant, until_us: int | None = None
 ) -> int:

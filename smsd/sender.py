@@ -164,13 +164,9 @@ class Sender:
             return 0.0
         if claim.waits_for == "replica_gone":
             self._standing.replica_id = 0
-        if account.looks_for_missed() and await queue.take_back_missed(self._pool, account.row.id):
-            return 0.0
         if claim.back_us is None:
             return pace.SLOW_LOOK_SECONDS
-        return min(
-            pace.SLOW_LOOK_SECONDS, max(0.001, self._clock.surely_at(claim.back_us) - mitto.clock())
-        )
+        return min(pace.SLOW_LOOK_SECONDS, max(0.001, self._clock.surely_at(claim.back_us) - after))
 
     def _lead_seconds(self, *, single: bool) -> float:
         # A single message that is late takes another's slot, and so need not wait for the slowest intents.

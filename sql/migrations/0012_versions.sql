@@ -1,6 +1,5 @@
 -- oldest code: 3
--- What was leased and missed its slot is soon somebody else's; and rows that every claim changes are found in one
--- step, however many of their old versions a long snapshot keeps.
+-- Rows that every claim changes are found in one step, however many of their old versions a long snapshot keeps.
 
 -- While a snapshot is held, vacuum clears nothing, and an index leads to every version that a key has had. With the
 -- version in it, read from its end, the newest comes first; enable_sort is off because to the planner, who counts one
@@ -232,31 +231,6 @@ begin
   if found then
     perform share_keep(acc.id, b.tenant_id, sh.v - paid / (select weight from tenant where id = b.tenant_id), sh.lane_v);
   end if;
-end $$;
-
--- How much later than its slot a batch without intent is taken back: whoever had it was killed, or is so late that it
--- would have to take another slot. Soon enough for the grant to be used within its window.
-create function missed_us() returns bigint language sql immutable as $$ select 100000::bigint $$;
-
--- All that was leased of an account and missed its slot. Returns how many batches.
-create function take_back_missed(p_account bigint) returns int language plpgsql as $$
-declare b batch; acc traffic_account; missed bigint; n int := 0;
-begin
-  missed := clock_us() - missed_us();
-  if not exists (select from batch where account_id = p_account and state = 2
-                                     and slot between missed - 6000000 and missed) then  -- earlier ones were reaped
-    return 0;
-  end if;
-  perform rate_hold(1, p_account);
-  select * into acc from traffic_account where id = p_account;
-  for b in select x.* from batch x join lane l on l.id = x.lane_id
-            where x.account_id = p_account and x.state = 2 and x.slot between missed - 6000000 and missed and not l.closed
-            order by x.slot for no key update of x skip locked
-  loop
-    perform take_back(b, acc, 'missed its slot');
-    n := n + 1;
-  end loop;
-  return n;
 end $$;
 
 -- The first slot from p_from and before p_until that a campaign's batch has been given and has written no intent for:

@@ -46,10 +46,6 @@ select verdict, attempt, sender, ids, phones, texts from intent($1, $2, $3);
 -- Back to its place with the grant returned, as long as nothing left.
 select withdraw($1, $2, $3);
 
--- name: take_back_missed
--- What was leased of an account and missed its slot: back to its place with the grant returned. How many batches.
-select take_back_missed($1) where instance_is_kept();
-
 -- name: arrived_late
 -- What may have arrived after its slot stays in the limiter's window from then on.
 with until as materialized (select coalesce($5, clock_us()) as us)
