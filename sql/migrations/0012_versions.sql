@@ -3,9 +3,9 @@
 
 -- While a snapshot is held, vacuum clears nothing, and an index leads to every version that a key has had. With the
 -- version in it, read from its end, the newest comes first; enable_sort is off because to the planner, who counts one
--- row a key, reading all versions and sorting them costs the same. No two rows of a key are written side by side: a limiter row
--- is locked before it is written, and so is a tenant's credit; a share and a lane's turn are written under the limiter row
--- of their account.
+-- row a key, reading all versions and sorting them costs the same. No two rows of a key are written side by side: a
+-- limiter row is locked before it is written, and so is a tenant's credit; a share and a lane's turn are written under
+-- the limiter row of their account.
 alter table rate add column version bigint not null default 0, drop constraint rate_pkey,
   add primary key (scope, id, version);
 alter table share add column version bigint not null default 0, drop constraint share_pkey,
@@ -23,7 +23,7 @@ create unlogged table lane_turn (
 alter table lane alter cursor set default 9223372036854775807;
 alter table credit add column version bigint not null default 0, drop constraint credit_pkey,
   add primary key (tenant_id, version);
--- By slot, so that who looks for those of a moment does not walk through all that ever were in flight.
+-- By slot, so that who looks for one to make way does not walk through all that ever were in flight.
 drop index batch_in_flight;
 create index batch_in_flight on batch (account_id, slot) where state in (2, 3);
 
@@ -183,7 +183,7 @@ begin
   return true;
 end $$;
 
--- ------------------------------------------------------------------------------------------- shares
+-- ------------------------------------------------------------------------------------------- shares and turns
 
 create function share_newest(p_account bigint, p_tenant bigint) returns setof share language sql stable as $$
   select * from share where account_id = p_account and tenant_id = p_tenant order by version desc limit 1
@@ -216,31 +216,17 @@ begin
   if not found then insert into lane_turn (lane_id, v, cursor) values (p_lane, p_v, coalesce(p_cursor, 0)); end if;
 end $$;
 
--- ------------------------------------------------------------------------------------------- what is taken back
-
--- Under the lock of the account's limiter row: a batch leased without intent goes back to its place, and what its lane
--- and its tenant paid is theirs again. Whoever had it learns that from its intent, which finds it lost.
-create function take_back(b batch, acc traffic_account, p_why text) returns void
-language plpgsql set enable_sort = off as $$
-declare paid float8 := greatest(1.0 / limit_now(acc.requests_per_second, acc.ceiling, acc.ceiling_at),
-                                b.cost::float8 / acc.messages_per_second); sh share;
-begin
-  perform withdraw(b.id, b.epoch, p_why);
-  perform turn_keep(b.lane_id, t.v - paid, null) from turn_newest(b.lane_id) t;
-  select * into sh from share_newest(acc.id, b.tenant_id);
-  if found then
-    perform share_keep(acc.id, b.tenant_id, sh.v - paid / (select weight from tenant where id = b.tenant_id), sh.lane_v);
-  end if;
-end $$;
+-- ------------------------------------------------------------------------------------------- claim
 
 -- The first slot from p_from and before p_until that a campaign's batch has been given and has written no intent for:
--- the batch is taken back. It had taken at least p_cost of the account's limits; of another tenant's only where p_fits.
--- Null: there is none. Single messages get no more than half of what is on its way like this: with more of them,
--- campaigns keep the slots that they are given.
-drop function make_way(traffic_account, bigint, boolean, int, int, bigint, bigint);
-create function make_way(acc traffic_account, p_tenant bigint, p_fits boolean, p_cost int, p_until bigint, p_from bigint)
-returns bigint language plpgsql as $$
-declare b batch;
+-- the batch goes back to its place, and what its lane and its tenant paid is theirs again. It had taken at least p_cost
+-- of the account's limits; of another tenant's only where p_fits. Null: there is none. Whoever had it learns that from
+-- its intent, which finds it lost. Single messages get no more than half of what is on its way like this: with more of
+-- them, campaigns keep the slots that they are given.
+create or replace function make_way(acc traffic_account, p_tenant bigint, p_fits boolean, p_cost int, p_rps int,
+                                    p_until bigint, p_from bigint)
+returns bigint language plpgsql set enable_sort = off as $$
+declare b batch; paid float8;
 begin
   select x.* into b from batch x join lane l on l.id = x.lane_id
    where x.account_id = acc.id and x.state = 2 and x.campaign_id <> 0 and x.slot >= p_from and x.slot < p_until
@@ -249,7 +235,11 @@ begin
            where y.account_id = acc.id and y.state in (2, 3))
    order by x.slot limit 1 for no key update of x skip locked;
   if not found then return null; end if;
-  perform take_back(b, acc, 'made way for a single message');
+  perform withdraw(b.id, b.epoch, 'made way for a single message');
+  paid := greatest(1.0 / p_rps, b.cost::float8 / acc.messages_per_second);
+  perform turn_keep(b.lane_id, t.v - paid, null) from turn_newest(b.lane_id) t;
+  perform share_keep(acc.id, b.tenant_id, sh.v - paid / (select weight from tenant where id = b.tenant_id), sh.lane_v)
+     from share_newest(acc.id, b.tenant_id) sh;
   return b.slot;
 end $$;
 
@@ -348,7 +338,7 @@ begin
         perform rate_keep(a);
         if p_global is not null then perform rate_keep(g); end if;
         if acc.messages_per_second is not null then perform rate_keep(am); end if;
-        way := make_way(acc, l.tenant_id, fits, whole, s - 5000,
+        way := make_way(acc, l.tenant_id, fits, whole, rps, s - 5000,
                         greatest(soonest, a.closed_until, g.closed_until, am.closed_until, t.closed_until,
                                  tm.closed_until));
         if way is not null then                         -- it stands in all these logs no more
@@ -424,69 +414,4 @@ begin
   end if;
   return query select null::bigint, 0, 0::bigint, 0::bigint, 0,
                       case when back is not null then greatest(back, now_ + 1000) end, now_, coalesce(why, 'work'), 0;
-end $$;
-
--- A slot that was missed between intent and first byte, for another one in the same round trip: the grant moves, lease
--- and intent stay. Up to two horizons ahead, as others have the next slots already. Null: there is none soon, or nothing
--- may leave now; the old one is given back then. For a single message a campaign's batch makes way, as in `claim`.
-create or replace function retake_slot(p_batch bigint, p_epoch int, p_lead bigint, p_horizon bigint, p_global int) returns bigint
-language plpgsql as $$
-declare
-  b batch; acc traffic_account; te tenant; a rate; r rate; t rate; tm rate; s bigint; way bigint; now_ bigint; rps int;
-  due int; shut bigint;
-begin
-  perform set_config('synchronous_commit', 'off', true);   -- forgotten, it would take the limiter's state along
-  select * into b from batch where id = p_batch and epoch = p_epoch and state = 3 for no key update;
-  if not found then return null; end if;
-  select * into te from tenant where id = b.tenant_id;
-  due := coalesce(b.cost, b.n);
-  a := rate_lock(1, b.account_id, p_horizon);
-  perform give_back(b.account_id, b.tenant_id, b.slot, due);
-  select * into acc from traffic_account where id = b.account_id;
-  a := rate_lock(1, b.account_id, p_horizon);
-  now_ := clock_us();
-  rps := limit_now(acc.requests_per_second, acc.ceiling, acc.ceiling_at);
-  s := greatest(now_ + p_lead, rate_earliest(a, 1, rps), a.last + pace_us(a.last_cost, rps));
-  shut := a.closed_until;
-  if p_global is not null then
-    r := rate_lock(0, 0, p_horizon);
-    s := greatest(s, rate_earliest(r, 1, p_global));
-    shut := greatest(shut, r.closed_until);
-  end if;
-  if acc.messages_per_second is not null then
-    r := rate_lock(2, b.account_id, p_horizon);
-    s := greatest(s, rate_earliest(r, due, acc.messages_per_second),
-                  r.last + pace_us(r.last_cost, acc.messages_per_second));
-    shut := greatest(shut, r.closed_until);
-  end if;
-  t := rate_lock(3, b.tenant_id, p_horizon);
-  s := greatest(s, rate_earliest(t, 1, te.requests_per_second));
-  if te.messages_per_second is not null then
-    tm := rate_lock(4, b.tenant_id, p_horizon);
-    s := greatest(s, rate_earliest(tm, due, te.messages_per_second));
-  end if;
-  if b.campaign_id = 0 and s > now_ + p_lead + 5000 then
-    way := make_way(acc, b.tenant_id,
-                    rate_fits(t, 1, te.requests_per_second)
-                    and (te.messages_per_second is null or rate_fits(tm, due, te.messages_per_second)),
-                    due, s - 5000, greatest(now_ + p_lead, shut, t.closed_until, tm.closed_until));
-    s := coalesce(way, s);
-  end if;
-  if s > now_ + 2 * p_horizon or acc.paused_reason is not null or wait_until(acc.blocked_until, now_) > now_
-     or (select l.paused or l.closed from lane l where l.id = b.lane_id) then
-    s := null;
-  else
-    perform rate_keep(rate_take(rate_lock(1, b.account_id, p_horizon), s, 1));
-    if p_global is not null then perform rate_keep(rate_take(rate_lock(0, 0, p_horizon), s, 1)); end if;
-    if acc.messages_per_second is not null then
-      perform rate_keep(rate_take(rate_lock(2, b.account_id, p_horizon), s, due));
-    end if;
-    perform rate_keep(rate_take(rate_lock(3, b.tenant_id, p_horizon), s, 1));
-    if te.messages_per_second is not null then
-      perform rate_keep(rate_take(rate_lock(4, b.tenant_id, p_horizon), s, due));
-    end if;
-    update attempt set slot_at = from_us(s) where batch_id = b.id and n = b.attempt;
-  end if;
-  update batch set slot = s where id = b.id;
-  return s;
 end $$;
