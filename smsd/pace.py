@@ -29,6 +29,8 @@ BREAKER_AFTER = 3
 BREAKER_SECONDS_MOST = 30.0
 THROTTLE_SECONDS, THROTTLE_SECONDS_MOST = 0.25, 60.0
 SLOW_LOOK_SECONDS = 1.0
+MISSED_LOOK_SECONDS = 0.1
+"""How often to look for what was granted and missed its slot, while there is nothing to be had."""
 
 
 class Recent:
@@ -114,9 +116,12 @@ class Questions:
     async def turn(self, account_id: int, deadline: float) -> Turn:
         """Waits for a grant and its slot. Raises TooLate when it would come after the deadline."""
         while mitto.clock() < deadline:
+            await self._clock.learn(self._pool)
             before = mitto.clock()
             slot, now_us, back = await queue.grant_request(self._pool, account_id, self._all_limit)
             self._clock.observe(before, mitto.clock(), now_us)
+            if not self._clock.is_known():
+                continue  # it stepped, and a slot counts for nothing any more
             at = self._clock.surely_at(back if slot is None and back is not None else slot or 0)
             if slot is None and at > deadline:
                 raise TooLate(at - mitto.clock())
@@ -168,6 +173,15 @@ class Pace:
         self._open_until = 0.0
         self._halved_at = -math.inf
         self._throttled = 0
+        self._looked_at = -math.inf
+
+    def looks_for_missed(self) -> bool:
+        """Whether it is time to."""
+        now = mitto.clock()
+        if now - self._looked_at < MISSED_LOOK_SECONDS:
+            return False
+        self._looked_at = now
+        return True
 
     def room(self) -> tuple[int, bool]:
         """(how many batches to claim, whether only of the priority class)."""

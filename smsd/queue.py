@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from smsd import database, metrics
-from smsd.database import Connection, Executor
+from smsd import arrival, database, metrics
+from smsd.database import Connection, Executor, Pool
 from smsd.mitto import ItemResult
 
 SQL = database.queries("queue")
@@ -158,15 +158,33 @@ class DatabaseClock:
     Each reading bounds the offset (database minus `mitto.clock`) from both sides; readings are intersected, and
     the interval widens with time, as clocks drift apart (Marzullo's way of keeping an offset honest). A Postgres so
     far away that its interval would leave no room within the guard is believed to be as far there as back, as NTP
-    does: its middle counts, and no more than an eighth of the guard on either side.
+    does: its middle counts, and no more than an eighth of the guard on either side. That is so of a way that is long,
+    not of an answer that was waited for: so the clock is known by a narrow interval, or by many readings.
     """
 
     _DRIFT = 100e-6
     _DOUBT_MOST = GUARD_US / 8e6
+    _READINGS = 8
 
     def __init__(self) -> None:
         self._low = self._high = 0.0
         self._read_at: float | None = None
+        self._readings = 0
+
+    def is_known(self) -> bool:
+        """Whether anything may be timed by it."""
+        narrow = self._read_at is not None and self._high - self._low <= 2 * self._DOUBT_MOST
+        return narrow or self._readings >= self._READINGS
+
+    async def learn(self, pool: Pool) -> float:
+        """Reads until it is known; returns what `observe` does."""
+        ahead = 0.0
+        while not self.is_known():
+            async with pool.acquire() as db:
+                before = arrival.clock()
+                now_us = await db.fetchval(SQL["read_clock"])
+                ahead = max(ahead, self.observe(before, arrival.clock(), now_us))
+        return ahead
 
     def observe(self, before: float, after: float, now_us: int) -> float:
         """A reading: the database said `now_us` at some time between `before` and `after`. Returns by how many seconds
@@ -178,6 +196,9 @@ class DatabaseClock:
             ahead = max(0.0, low - self._high - slack)
             if ahead == 0 and high >= self._low - slack:
                 low, high = max(low, self._low - slack), min(high, self._high + slack)
+            else:
+                self._readings = 0
+        self._readings += 1
         self._low, self._high, self._read_at = low, high, after
         return ahead
 
@@ -262,6 +283,12 @@ async def retake_slot(
         SQL["retake_slot"], grant.batch_id, grant.epoch, lead_us, HORIZON_US, all_limit
     )
     return None if slot is None else grant._replace(slot_us=slot)
+
+
+async def take_back_missed(db: Executor, account_id: int) -> int:
+    """Gives back what was leased, by whomever, and had no intent yet 0.1 s after its slot: its replica was killed, or is
+    so late that the slot is lost. How many batches."""
+    return int(await db.fetchval(SQL["take_back_missed"], account_id) or 0)
 
 
 async def arrived_late(

@@ -139,6 +139,7 @@ class Sender:
 
     async def _claim_once(self, account: Pace, want: int, priority_only: bool) -> float:
         """One claim; returns how long to wait for news before the next."""
+        self._stepped_ahead(await self._clock.learn(self._pool))
         faults.point("claim.asking")
         before = mitto.clock()
         claim = await queue.claim(
@@ -152,9 +153,7 @@ class Sender:
             priority_only=priority_only,
         )
         after = mitto.clock()
-        if (ahead := self._clock.observe(before, after, claim.now_us)) > 0:
-            self._closed_until = after + CLOSED_SECONDS
-            log.warning("clock.stepped_ahead", seconds=ahead)
+        self._stepped_ahead(self._clock.observe(before, after, claim.now_us))
         if claim.grants:
             faults.point("claim.granted")
             self.counts["granted"] += len(claim.grants)
@@ -164,9 +163,17 @@ class Sender:
             return 0.0
         if claim.waits_for == "replica_gone":
             self._standing.replica_id = 0
+        if account.looks_for_missed() and await queue.take_back_missed(self._pool, account.row.id):
+            return 0.0
         if claim.back_us is None:
             return pace.SLOW_LOOK_SECONDS
-        return min(pace.SLOW_LOOK_SECONDS, max(0.001, self._clock.surely_at(claim.back_us) - after))
+        wait = self._clock.surely_at(claim.back_us) - mitto.clock()
+        return min(pace.SLOW_LOOK_SECONDS, max(0.001, wait))
+
+    def _stepped_ahead(self, seconds: float) -> None:
+        if seconds > 0:
+            self._closed_until = mitto.clock() + CLOSED_SECONDS
+            log.warning("clock.stepped_ahead", seconds=seconds)
 
     def _lead_seconds(self, *, single: bool) -> float:
         # A single message that is late takes another's slot, and so need not wait for the slowest intents.
@@ -271,6 +278,8 @@ class Sender:
         ]  # fmt: skip
         retakes = 0
         while True:
+            if not self._clock.is_known():
+                raise mitto.Withdrawn("the database's clock stepped, and is not known yet")
             starts_at = self._clock.surely_at(place.grant.slot_us)
             if starts_at - mitto.clock() > 10e-6 * queue.HORIZON_US:
                 raise mitto.Withdrawn("the database's clock stepped back")

@@ -465,6 +465,67 @@ async def test_a_campaign_s_batch_makes_way_for_a_single_message(
     assert after["of_tenant"] == pytest.approx(paid["of_tenant"]), "the single message paid instead"
 
 
+@pytest.mark.parametrize("limit", ["requests_per_second", "messages_per_second"])
+async def test_what_was_leased_and_missed_its_slot_is_taken_back_with_all_it_took(
+    pool: database.Pool, account: int, shop: Shop, clock: Clock, limit: str
+) -> None:
+    """A killed replica's slots are used by the others while they are in the window."""
+    campaign_id = await shop.sending(40, batch_size=1)
+    await change_account(pool, account, **{limit: 20})
+    logs = 1
+    if limit == "messages_per_second":
+        logs = 2
+        assert (await ask(shop)).grants == (), "a limiter that has no state yet is closed"
+    await clock.move(2 * SECOND_US)
+    killed, late = (await ask(shop, 2)).grants
+    of_campaign = "select t.v, s.v as of_tenant from lane l join lane_turn t on t.lane_id = l.id, share s where l.class = 1"
+    paid = await pool.fetchrow(of_campaign)
+    assert paid is not None
+    assert (await queue.intent(pool, late, shop.replica_id)).verdict == "post"
+    await clock.move(killed.slot_us + 99_000 - clock.now_us)
+    assert await queue.take_back_missed(pool, account) == 0, "it may still write its intent"
+    assert await used(pool) == [2] * logs
+    await clock.move(1_001)
+    assert await queue.take_back_missed(pool, account) == 1
+    assert await used(pool) == [1] * logs
+    assert (await queue.intent(pool, killed, shop.replica_id)).verdict == "lost"
+    after = await pool.fetchrow(of_campaign)
+    assert after is not None
+    assert [after["v"], after["of_tenant"]] == pytest.approx([paid["v"] - 0.05] * 2), "paid once"
+    assert [row["state"] for row in await pool.fetch(
+        "select state from batch where id = any ($1) order by id", [killed.batch_id, late.batch_id]
+    )] == [0, 3]  # fmt: skip
+    (again,) = (await ask(shop)).grants
+    assert again.batch_id == killed.batch_id, "it is the next in its place"
+    await clock.move(again.slot_us + SECOND_US - clock.now_us)
+    assert await queue.take_back_missed(pool, account) == 1, "what may be on its way stays"
+    await check_the_account(shop, campaign_id)
+
+
+async def test_what_is_being_written_or_cancelled_is_not_taken_back(
+    pool: database.Pool, account: int, shop: Shop, clock: Clock
+) -> None:
+    await shop.sending(1)
+    (writing,) = (await ask(shop)).grants
+    campaign_id = await shop.sending(1)
+    assert len((await ask(shop)).grants) == 1
+    async with pool.acquire() as connection, connection.transaction():
+        await connection.execute("select cancel_campaign($1)", campaign_id)
+    await clock.move(200_000)
+    async with pool.acquire() as connection, connection.transaction():
+        assert (await queue.intent(connection, writing, shop.replica_id)).verdict == "post"
+        assert await queue.take_back_missed(pool, account) == 0
+
+
+async def used(pool: database.Pool) -> list[int]:
+    """What stands in the logs of the accounts: of requests, then of messages."""
+    rows = await pool.fetch(
+        "select distinct on (scope) scope, cum[array_length(cum, 1)] - base as n from rate"
+        " where scope in (1, 2) order by scope, version desc"
+    )
+    return [row["n"] for row in rows]
+
+
 async def leased(pool: database.Pool, from_us: int = 0) -> list[int]:
     """Slots of what is leased, in order."""
     rows = await pool.fetch(

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import time
 from collections import Counter
 from collections.abc import AsyncIterator
 
@@ -21,7 +22,7 @@ from support import (
     take_the_clock,
 )
 
-from smsd import campaigns, credits, database, queue
+from smsd import campaigns, credits, database, mitto, queue
 from smsd.mitto import ItemResult
 from smsd.model import BatchState, MessageState
 from smsd.queue import HORIZON_US, Claim, Grant
@@ -1388,6 +1389,43 @@ def read_the_clock(
         now = before + there + back
         clock.observe(before, now, round((before + there + offset) * 1e6))
     return clock, now
+
+
+@given(
+    offset=st.floats(-1e6, 1e6),
+    waited=st.lists(st.tuples(st.floats(0.01, 0.6), st.floats(0.01, 0.6)), min_size=1, max_size=7),
+    readings=st.integers(1, 7),
+)
+def test_answers_that_were_waited_for_do_not_tell_the_time(
+    offset: float, waited: list[tuple[float, float]], readings: int
+) -> None:
+    assert not queue.DatabaseClock().is_known()
+    slow = [(0.01, there, back) for there, back in waited]
+    assert not read_the_clock(offset, slow)[0].is_known()
+    clock, now = read_the_clock(offset, [*slow, (0.01, 0.003, 0.004)])
+    assert clock.is_known()
+    slot_us = round((now + 1 + offset) * 1e6)
+    assert clock.surely_at(slot_us) == pytest.approx(now + 1, abs=0.01)
+    # A Postgres that is far away answers always so: what many readings say is believed.
+    assert read_the_clock(offset, [(0.01, 0.1, 0.1)] * (readings + 7))[0].is_known()
+
+
+def test_a_clock_that_stepped_is_not_known_until_it_was_read_anew() -> None:
+    clock = queue.DatabaseClock()
+    clock.observe(10.0, 10.001, 50_000_000)
+    assert clock.is_known()
+    clock.observe(11.0, 11.5, 20_000_000)
+    assert not clock.is_known()
+    clock.observe(12.0, 12.002, 21_200_000)
+    assert clock.is_known()
+
+
+async def test_the_clock_is_read_until_it_is_known(shop: Shop) -> None:
+    clock = queue.DatabaseClock()
+    assert await clock.learn(shop.pool) == 0
+    assert clock.is_known()
+    offset = time.time() - mitto.clock()
+    assert clock.surely_at(int(offset * 1e6)) == pytest.approx(0, abs=0.01)
 
 
 def test_a_clock_that_jumped_is_believed_anew() -> None:

@@ -130,6 +130,17 @@ async def test_two_replicas_together_keep_to_the_limit_and_use_it(
     assert replicas == 2, "otherwise it was not shown that they share the limit"
 
 
+async def test_a_batch_that_somebody_leased_and_never_sent_is_sent_soon_after_its_slot(
+    pool: database.Pool, account: int, shop: Shop, mitto: Simulator
+) -> None:
+    """Whose replica was killed with its lease: nobody reaps here, and it would be seconds until a reaper may."""
+    await shop.sending(1)
+    killed = await queue.register(pool, "killed", "0")
+    assert len((await queue.claim(pool, account, killed, 1, lead_us=0)).grants) == 1
+    async with sending(pool, shop.replica_id, mitto.url), asyncio.timeout(4):
+        await mitto.accepted_reached(1)
+
+
 @pytest.mark.alone
 async def test_a_tenant_s_lower_limit_holds_and_the_account_s_other_tenant_takes_the_rest(
     pool: database.Pool, account: int, shop: Shop, mitto: Simulator

@@ -4,6 +4,7 @@ import asyncio
 import io
 import re
 import signal
+import socket
 import sys
 import time
 import tracemalloc
@@ -910,6 +911,25 @@ async def test_a_request_arrives_with_its_first_byte_not_with_its_last(mitto: Si
 
     [request] = mitto.ledger.requests
     assert before <= request.arrived_monotonic < between <= request.accepted_monotonic
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says when bytes came in")
+async def test_a_request_arrives_when_the_kernel_has_it_not_when_a_busy_process_reads_it(
+    mitto: Simulator,
+) -> None:
+    body = orjson.dumps({"messages": [message(1)]})
+    head = f"POST {BULK_PATH} HTTP/1.1\r\nHost: x\r\n{API_KEY_HEADER}: k\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection((mitto.host, mitto.port)) as client:  # not even accepted yet
+        before = time.monotonic()
+        client.sendall(head.encode() + body)
+        sent = time.monotonic()
+        time.sleep(0.3)  # noqa: ASYNC251 - this is the busy process
+        await mitto.accepted_reached(1)
+        [request] = mitto.ledger.requests
+        assert before - 0.008 <= request.arrived_monotonic <= sent + 0.008
+        assert request.arrived_at - request.arrived_monotonic == pytest.approx(
+            time.time() - time.monotonic(), abs=0.01
+        )
 
 
 # --- receipts -------------------------------------------------------------------------------

@@ -30,6 +30,10 @@ update replica set gone_at = clock_timestamp(), gone_reason = 'the only process 
 -- Leases of the gone without intent go back, intents without result become unknown.
 select released, unknown from reap();
 
+-- name: read_clock
+-- The clock by which slots are given.
+select clock_us();
+
 -- name: claim
 -- The fair lane's batches with their slots, leased to us; or what to wait for. In a database that is not the one kept
 -- claim is not even called.
@@ -45,6 +49,10 @@ select verdict, attempt, sender, ids, phones, texts from intent($1, $2, $3);
 -- name: withdraw
 -- Back to its place with the grant returned, as long as nothing left.
 select withdraw($1, $2, $3);
+
+-- name: take_back_missed
+-- What was leased of an account and missed its slot: back to its place with the grant returned. How many batches.
+select take_back_missed($1) where instance_is_kept();
 
 -- name: arrived_late
 -- What may have arrived after its slot stays in the limiter's window from then on.

@@ -24,7 +24,6 @@ from system import judge, proxy
 from system.harness import ADMIN_TOKEN, FIRST_PHONE, Campaign, Daemon, Installation, Shop
 
 LEASE_SECONDS = 1.5
-GUARD_SECONDS = 0.035
 SETTINGS: dict[str, Any] = {
     "lease_seconds": LEASE_SECONDS, "mitto_timeout": 3, "shutdown_seconds": 8, "backoff_seconds": 0.2,
 }  # fmt: skip
@@ -93,8 +92,7 @@ class Verdict:
     judged: int = 0
     """Seconds (windows that begin with a request) whose requests were counted against a limit."""
     unjudged: int = 0
-    """Those in which this process was late itself, so that its clock tells nothing; or a zombie was at large."""
-    lag_seconds: float = 0.0
+    """Those in which our own proxy kept a request, or a zombie was at large."""
     breaches: list[str] = field(default_factory=list)
 
     def check(self, holds: bool, breach: str) -> None:
@@ -253,7 +251,6 @@ class Bench:
         self.replicas = Replicas(installation, self.verdict, [])
         self.singles: dict[str, str] = {}
         self._statuses: dict[int, Any] = {}
-        self.late: list[tuple[float, float]] = []
 
     # -------------------------------------------------------------------------------- what it can do
 
@@ -345,17 +342,6 @@ class Bench:
                         )
             await asyncio.sleep(0.7)
 
-    async def _feel_the_pulse(self) -> None:
-        """Notes when this process was late by more than half the guard: the simulator's clock was wrong by so much."""
-        while True:
-            slept_at = time.monotonic()
-            await asyncio.sleep(0.01)
-            woken_at = time.monotonic()
-            late = woken_at - slept_at - 0.01
-            self.verdict.lag_seconds = max(self.verdict.lag_seconds, late)
-            if late > GUARD_SECONDS / 2:
-                self.late.append((slept_at, woken_at))
-
     # ------------------------------------------------------------------------------------- the course
 
     async def play(
@@ -368,7 +354,6 @@ class Bench:
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(self.replicas.stop)
             keeping = await stack.enter_async_context(_running(self.replicas.keep()))
-            await stack.enter_async_context(_running(self._feel_the_pulse()))
             await self._guarded(keeping, self._send(), 60)
             await stack.enter_async_context(_running(self._watch()))
             await stack.enter_async_context(_running(self._person()))

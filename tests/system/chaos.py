@@ -158,7 +158,7 @@ def _tell(verdict: Verdict, elapsed: float, left: float) -> None:
         f"seed {scenario.seed}: {'BROKEN' if verdict.breaches else 'ok'} in {verdict.seconds:.0f} s, "
         f"{scenario.replicas} replicas, {verdict.messages} messages, {verdict.deaths} kills, "
         f"{sum(verdict.struck.values())} faults, {verdict.unknown} unknown, {verdict.resolved} resolved, "
-        f"worst second {verdict.worst:.3f}, late {verdict.lag_seconds * 1000:.0f} ms  "
+        f"worst second {verdict.worst:.3f}  "
         f"[{' '.join(scenario.faults)}]  {elapsed / 60:.1f} min gone, {max(0.0, left) / 60:.1f} left"
     )
     for breach in verdict.breaches:

@@ -152,8 +152,8 @@ async def _check_limits(bench: "Bench") -> None:
 async def _judge(
     bench: "Bench", requests: Sequence[Request], limit: int, whose: str, *, messages: bool = False
 ) -> None:
-    """The largest window of a second, but for those in which this process was late itself. A process stopped
-    between its gate and its first byte sends late, and nobody can help it: such runs are not judged."""
+    """The largest window of a second, but for those in which our own proxy kept a request. A process stopped between
+    its gate and its first byte sends late, and nobody can help it: such runs are not judged."""
     zombies = {"stop", "stop@gate.passed", "stop@body.sent"}.intersection(bench.scenario.faults)
     arrivals = sorted((one.arrived_monotonic, one.messages if messages else 1) for one in requests)
     inside = oldest = worst = 0
@@ -163,7 +163,7 @@ async def _judge(
         while at >= arrivals[oldest][0] + 1.0:
             inside -= arrivals[oldest][1]
             oldest += 1
-        if zombies or _was_late(bench, arrivals[oldest][0], at):
+        if zombies or _was_kept(bench, arrivals[oldest][0], at):
             bench.verdict.unjudged += 1
         else:
             bench.verdict.judged += 1
@@ -203,9 +203,8 @@ async def _latest(bench: "Bench", requests: Sequence[Request]) -> str:
     return f"latest after their slots: {latest}; {dict(kinds)}"
 
 
-def _was_late(bench: "Bench", since: float, until: float) -> bool:
-    late = (*bench.late, *bench.to_mitto.late)
-    return any(start <= until and end >= since for start, end in late)
+def _was_kept(bench: "Bench", since: float, until: float) -> bool:
+    return any(start <= until and end >= since for start, end in bench.to_mitto.late)
 
 
 def _use(bench: "Bench") -> float | None:

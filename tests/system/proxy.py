@@ -14,12 +14,11 @@ from enum import StrEnum
 from typing import Any, Self
 from urllib.parse import parse_qs, urlsplit, urlunsplit
 
+from smsd.simulator.wire import lay_seconds
+
 _NO_LINGER = struct.pack("ii", 1, 0)
 _PIECE = 65_536
 _DRIPS, _DRIP_SECONDS = 10, 0.05
-_LATE_SECONDS = 0.008
-_LAST_DATA_RECEIVED = 52
-"""Where `struct tcp_info` has the milliseconds since the kernel was given the last byte."""
 
 
 class Harm(StrEnum):
@@ -186,12 +185,7 @@ class _Connection:
         return True
 
     def _note_delay(self) -> None:
-        raw: Any = self._to_client.get_extra_info("socket")
-        if raw.family != socket.AF_INET:
-            return
-        info = raw.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
-        delay = int.from_bytes(info[_LAST_DATA_RECEIVED:][:4], "little") / 1000
-        if delay > _LATE_SECONDS:
+        if delay := lay_seconds(self._to_client.transport):
             now = time.monotonic()
             self._proxy.late.append((now - delay, now + 0.05))
 
