@@ -15,7 +15,6 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any
 
 import structlog
-from aiohttp import web
 
 from smsd import (
     api,
@@ -239,14 +238,9 @@ async def _before(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:
 @contextlib.asynccontextmanager
 async def _http(context: Context, listener: socket.socket) -> AsyncIterator[str]:
     settings = context.settings
-    runner = web.AppRunner(api.build(context), access_log=None, shutdown_timeout=2.0)
-    await runner.setup()
-    try:
-        await web.SockSite(runner, listener, backlog=1024).start()
+    async with api.serving(context, listener):
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         yield f"http://{host}:{settings.port}"
-    finally:
-        await runner.cleanup()
 
 
 def _listener(settings: Settings) -> socket.socket:

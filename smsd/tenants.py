@@ -5,6 +5,7 @@ only the hash is kept.
 """
 
 import hashlib
+import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -401,6 +402,14 @@ async def ensure_signing_key(db: Connection) -> None:
 async def signing_keys(db: Executor) -> list[bytes]:
     """The keys in use, at most two, newest first: that one signs, both verify."""
     return [row["key"] for row in await db.fetch(SQL["signing_keys"])]
+
+
+@dataclass(slots=True)
+class WebhookSecrets:
+    """Who may bring receipts, as it was read: hash of the secret → account (None: any)."""
+
+    read_at: float = -math.inf
+    accounts: dict[bytes, int | None] = field(default_factory=dict)
 
 
 async def webhook_secrets(db: Executor) -> list[tuple[int, str]]:

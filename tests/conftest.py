@@ -260,6 +260,8 @@ async def open_api(pool: database.Pool, settings: config.Settings) -> AsyncItera
         writing = asyncio.create_task(inbox.run())
         server = TestServer(http_api.build(ctx), host="127.0.0.1")
         async with TestClient(server) as test_client:
+            assert server.runner is not None
+            http_api.open_door(ctx, server.runner)
             yield Api(test_client, ctx, nudges)
         writing.cancel()
 

@@ -72,6 +72,22 @@ async def test_one_receipt_and_an_array_of_them_are_taken(api: Api) -> None:
     await assert_sound(shop.pool)
 
 
+@pytest.mark.parametrize("body", [[receipt("one")], {}, [receipt("one"), {}], "no JSON"])
+async def test_the_application_s_own_route_answers_as_the_door_before_it(
+    api: Api, body: object
+) -> None:
+    """A path with a query, and whoever asks before it sends its body, are left to the application."""
+    by_door = await receive(api, body)
+    by_query = await api.public.post(f"{DLR}?from=mitto", body)
+    asking = await receive(api, body, expect100=True)
+    assert by_door[:2] == by_query[:2] == asking[:2]
+    names = {name for name in by_door.headers if name != "Date"}
+    for reply in (by_door, by_query, asking):
+        assert reply.headers["X-Request-Id"]
+        assert {name for name in reply.headers if name != "Date"} == names
+        assert reply.headers["Server"] == "smsd"
+
+
 async def test_an_empty_array_is_taken(api: Api) -> None:
     assert (await receive(api, []))[:2] == answered(0, 0)
 

@@ -204,6 +204,7 @@ class Context:
     mitto: "Client"
     replica: Replica
     sending: Sending | None = None
+    webhook_secrets: tenants.WebhookSecrets = field(default_factory=tenants.WebhookSecrets)
 
 
 @dataclass(slots=True)
@@ -318,7 +319,7 @@ class Endpoint:
         """The path parameters that are integers."""
         return frozenset(name for name in self.parameters if _is_number(name))
 
-    @property
+    @cached_property
     def parameters(self) -> list[str]:
         """The path parameters in order."""
         return _PATH_PARAMETER.findall(self.path)
@@ -347,7 +348,8 @@ def serve(
     async def handle(raw: web.Request) -> web.StreamResponse:
         request = Request(ctx, ctx.pool, raw, endpoint)
         await _authenticate(request, endpoint)
-        request.path = _path(raw, endpoint)
+        if endpoint.parameters:
+            request.path = _path(raw, endpoint)
         if endpoint.query is not None:
             request.query = _query(raw, endpoint.query)
         if not endpoint.raw_body:
@@ -484,41 +486,80 @@ async def frame(
 ) -> web.StreamResponse:
     """Around every request: its id, its errors, its line in the log."""
     started = time.perf_counter()
-    given = request.headers.get("X-Request-Id")
-    request_id = _REQUEST_ID_CHARACTERS.sub("", given)[:128] if given else ""
-    request[_REQUEST_ID] = request_id or f"{_PROCESS}{next(_NUMBERS):08x}"
+    _name(request)
     # Not undone: the next request of this connection's task has its own.
     structlog.contextvars.bind_contextvars(request_id=request[_REQUEST_ID])
     try:
         response = await handler(request)
-    except web.HTTPException as error:
-        response = _refuse(request, _from_http(request, error))
-    except ApiError as error:
-        response = _refuse(request, error)
     except Exception as error:
-        response = _refuse(request, _from_surprise(error))
+        response = _refusal(request, error)
     resource = request.match_info.route.resource
-    route = resource.canonical if resource else "(unknown)"
+    _tell(request, resource.canonical if resource else None, response.status, started)
+    return response
+
+
+def door(
+    ctx: Context,
+    endpoint: Endpoint,
+    otherwise: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]],
+) -> Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]:
+    """What a server asks instead of the application (`otherwise`): requests of this one endpoint, which come by the
+    thousand, are answered as `frame` and `serve` would, before aiohttp has looked for a route."""
+    handler = serve(ctx, endpoint)
+
+    async def answer(raw: web.BaseRequest) -> web.StreamResponse:
+        hot = raw.raw_path == endpoint.path and raw.method == endpoint.method
+        if not hot or "Expect" in raw.headers:  # that is for the router to answer
+            return await otherwise(raw)
+        request = cast("web.Request", raw)  # the application makes them
+        started = time.perf_counter()
+        _name(request)
+        try:
+            response = await handler(request)
+        except Exception as error:
+            structlog.contextvars.bind_contextvars(request_id=request[_REQUEST_ID])
+            response = _refusal(request, error)
+        _tell(request, endpoint.path, response.status, started)
+        await add_headers(request, response)  # no signal is sent where no route was looked for
+        return response
+
+    return answer
+
+
+def _name(request: web.Request) -> None:
+    given = request.headers.get("X-Request-Id")
+    request_id = _REQUEST_ID_CHARACTERS.sub("", given)[:128] if given else ""
+    request[_REQUEST_ID] = request_id or f"{_PROCESS}{next(_NUMBERS):08x}"
+
+
+def _tell(request: web.Request, route: str | None, status: int, started: float) -> None:
+    """The metric and the line in the log; `route`: None where there is none."""
     took = time.perf_counter() - started
-    metrics.request_answered(request.method if resource else "(any)", route, response.status, took)
-    quiet = route in _QUIET and response.status < 400
+    method = request.method if route else "(any)"
+    metrics.request_answered(method, route or "(unknown)", status, took)
+    quiet = route in _QUIET and status < 400
     if not quiet or telemetry.says_debug():
         say = log.debug if quiet else log.info
         say(
             "request.answered",
             method=request.method,
-            route=route,
-            status=response.status,
+            route=route or "(unknown)",
+            status=status,
             ms=round(took * 1000, 1),
             tenant=request.get(_TENANT),
         )
-    return response
 
 
 async def add_headers(request: web.BaseRequest, response: web.StreamResponse) -> None:
     """What every answer says of itself, streams included; called before the headers leave."""
     response.headers["X-Request-Id"] = request.get(_REQUEST_ID, "")
     response.headers["Server"] = "smsd"
+
+
+def _refusal(raw: web.Request, error: Exception) -> web.Response:
+    if isinstance(error, web.HTTPException):
+        return _refuse(raw, _from_http(raw, error))
+    return _refuse(raw, error if isinstance(error, ApiError) else _from_surprise(error))
 
 
 def _refuse(raw: web.Request, error: ApiError) -> web.Response:

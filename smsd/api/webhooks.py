@@ -3,10 +3,8 @@
 import hashlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 import orjson
-from aiohttp import web
 
 from smsd import mitto, tenants
 from smsd.api.endpoint import Endpoint, Model, Request, read_body
@@ -18,6 +16,7 @@ from smsd.receipts import Full, unknown_word
 BODY_LIMIT = 16 << 20
 """An array of 10,000 receipts has about 2 MB."""
 SECRETS_SECONDS = 1.0
+"""For so long they are not read again."""
 
 
 class Received(Model):
@@ -26,17 +25,6 @@ class Received(Model):
     ok: bool
     received: int
     updated: int
-
-
-@dataclass(slots=True)
-class Secrets:
-    """Who may call, read at most once a second: hash of the secret → account (None: any)."""
-
-    read_at: float = -SECRETS_SECONDS
-    accounts: dict[bytes, int | None] = field(default_factory=dict)
-
-
-SECRETS = web.AppKey("webhook_secrets", Secrets)
 
 
 async def dlr(req: Request) -> dict[str, object]:
@@ -98,7 +86,7 @@ async def _caller(req: Request) -> int | None:
 
 
 async def _secrets(req: Request) -> dict[bytes, int | None]:
-    ctx, known = req.ctx, req.raw.app[SECRETS]
+    ctx, known = req.ctx, req.ctx.webhook_secrets
     if time.monotonic() - known.read_at < SECRETS_SECONDS:
         return known.accounts
     accounts: dict[bytes, int | None] = {
@@ -112,7 +100,8 @@ async def _secrets(req: Request) -> dict[bytes, int | None]:
     return accounts
 
 
-ENDPOINTS = (
-    Endpoint("POST", "/webhooks/mitto/dlr", dlr, "public", "Takes delivery receipts from Mitto", Received,
-             status=202, raw_body=True, errors=((401, "UNAUTHORIZED"), (503, "QUEUE_UNAVAILABLE"))),
+DLR = Endpoint(
+    "POST", "/webhooks/mitto/dlr", dlr, "public", "Takes delivery receipts from Mitto", Received,
+    status=202, raw_body=True, errors=((401, "UNAUTHORIZED"), (503, "QUEUE_UNAVAILABLE")),
 )  # fmt: skip
+ENDPOINTS = (DLR,)
