@@ -193,7 +193,7 @@ class Sender:
         intent = None
         self._memory.begin(account.row.id, self._standing.replica_id, grant)
         try:
-            intent = await self._intend(grant)
+            intent = await self._intend(account, grant)
             if intent is None:
                 return
             self._memory.posted(grant, intent)
@@ -219,7 +219,7 @@ class Sender:
             account.release(grant)
             self._on_settled()
 
-    async def _intend(self, grant: queue.Grant) -> queue.Intent | None:
+    async def _intend(self, account: Pace, grant: queue.Grant) -> queue.Intent | None:
         """Writes the intent shortly before the slot. None: not to be posted, and the batch is back in its place."""
         single = grant.is_single
         await _first_of(
@@ -239,7 +239,12 @@ class Sender:
             else:
                 faults.point("intent.written")
                 self._intent_seconds[single].add(mitto.clock() - started)
-                return intent if intent.verdict == "post" else None
+                if intent.verdict == "post":
+                    return intent
+                late = mitto.clock() > self._clock.surely_at(grant.slot_us)
+                if intent.verdict == "lost" and late:  # somebody took it back
+                    account.missed_slot(grant)
+                return None
         await self._withdraw(grant, why)
         return None
 

@@ -14,10 +14,11 @@ from structlog.testing import capture_logs
 from support import Relay, assert_sound, largest_window, new_account, open_shop, sending
 
 from smsd import config, credits, database, queue
-from smsd.mitto import Result
+from smsd.mitto import Client, Result
 from smsd.mitto import clock as mitto_clock
 from smsd.model import Outcome
 from smsd.pace import Pace
+from smsd.sender import Sender
 from smsd.simulator import Simulator, Switches
 
 SECOND_US = 1_000_000
@@ -187,27 +188,56 @@ def burst(account: Pace) -> list[queue.Grant]:
     return grants
 
 
-async def test_slots_missed_by_one_burst_halve_what_may_be_in_flight_once_and_never_below_the_least() -> (
-    None
-):
+async def grown_to_32() -> Pace:
     account = eight_at_once()
     for _ in range(3):  # 24 answers: 8 + 24 may be in flight
         for grant in burst(account):
             account.answered(grant, Result(Outcome.ACCEPTED))
             account.release(grant)
         await asyncio.gather(*account.sending)
+    return account
+
+
+async def takes_at_once(account: Pace, most: int) -> None:
+    taken = [queue.Grant(100 + i, 1, 1, 1, 5, 0) for i in range(most - 3)]
+    for grant in taken:
+        account.start(grant, asyncio.sleep(0))
+    await asyncio.gather(*account.sending)
+    assert account.room() == (3, False)
+    for grant in taken:
+        account.release(grant)
+
+
+async def test_slots_missed_by_one_burst_halve_what_may_be_in_flight_once_and_never_below_the_least() -> (
+    None
+):
+    account = await grown_to_32()
     for may_be_in_flight in (16, 8, 8):
         for grant in burst(account):
             account.missed_slot(grant)
             account.release(grant)
         await asyncio.gather(*account.sending)
-        taken = [queue.Grant(100 + i, 1, 1, 1, 5, 0) for i in range(may_be_in_flight - 3)]
-        for grant in taken:
-            account.start(grant, asyncio.sleep(0))
-        await asyncio.gather(*account.sending)
-        assert account.room() == (3, False)
-        for grant in taken:
-            account.release(grant)
+        await takes_at_once(account, may_be_in_flight)
+
+
+async def test_a_process_so_late_that_its_lease_was_taken_back_has_fewer_on_their_way(
+    pool: database.Pool, account: int, shop: Shop, mitto: Simulator
+) -> None:
+    """Or a machine with more work than it can do would claim, lose and claim again, and send nothing."""
+    await shop.sending(1)
+    (grant,) = (await queue.claim(pool, account, shop.replica_id, 1, lead_us=0)).grants
+    async with asyncio.timeout(5):
+        while not await queue.take_back_missed(pool, account):
+            await asyncio.sleep(0.02)  # until it is late enough
+    standing = queue.Standing("test", 30, shop.replica_id, mitto_clock())
+    client = Client(mitto.url, 5)
+    sender = Sender(pool, client, standing, config.load({}), lambda: None)
+    await sender._clock.learn(pool)
+    pace = await grown_to_32()
+    pace.start(grant, sender._send(pace, grant))
+    await asyncio.gather(*pace.sending)
+    await takes_at_once(pace, 16)
+    assert mitto.ledger.requests == []
 
 
 @pytest.mark.parametrize("outcome", [Outcome.NEVER_LEFT, Outcome.THROTTLED])
