@@ -364,11 +364,14 @@ class Bench:
                     async with asyncio.timeout(self.scenario.seconds):
                         await self._guarded(keeping, befall(self), None)
                 await calm(self)
+            # What is unknown is asked about under half of the account's limit.
+            asked_per_second = min(one.account_requests for one in self.scenario.tenants) / 2
+            seconds = 240 + self.unknown() / asked_per_second
             try:
-                await self._guarded(keeping, self._rest(), 240)
+                await self._guarded(keeping, self._rest(), seconds)
             except TimeoutError:
                 self.verdict.breaches.append(
-                    f"not at rest after 240 s: {list(self._statuses.values())}"
+                    f"not at rest after {seconds:.0f} s: {list(self._statuses.values())}"
                 )
         await judge.judge(self)
         self.verdict.seconds = time.monotonic() - started_at
