@@ -193,6 +193,8 @@ class DatabaseClock:
         ahead = 0.0
         if self._read_at is not None:
             slack = (after - self._read_at) * self._DRIFT
+            if slack > self._DOUBT_MOST:  # what was read so long ago says too little
+                self._readings = 0
             ahead = max(0.0, low - self._high - slack)
             if ahead == 0 and high >= self._low - slack:
                 low, high = max(low, self._low - slack), min(high, self._high + slack)

@@ -1420,6 +1420,13 @@ def test_a_clock_that_stepped_is_not_known_until_it_was_read_anew() -> None:
     assert clock.is_known()
 
 
+def test_a_clock_that_was_read_long_ago_is_not_known_by_one_slow_answer() -> None:
+    ways = [(0.01, 0.1, 0.1)] * 8
+    assert read_the_clock(0, [*ways, (10, 0.3, 0.3)])[0].is_known()
+    assert not read_the_clock(0, [*ways, (1_000, 0.3, 0.3)])[0].is_known()
+    assert read_the_clock(0, [*ways, (1_000, 0.003, 0.004)])[0].is_known()
+
+
 async def test_the_clock_is_read_until_it_is_known(shop: Shop) -> None:
     clock = queue.DatabaseClock()
     assert await clock.learn(shop.pool) == 0
