@@ -408,6 +408,14 @@ async def test_who_waits_for_a_connection_that_nobody_gives_back_hears_of_it_in_
     assert (await tenant.get("/api/credits")).status == 200
 
 
+async def test_who_asks_before_the_schema_is_there_hears_that_it_is_not(api: Api) -> None:
+    await api.ctx.pool.execute("drop table traffic_account cascade")
+    reply = await api.admin.get("/api/admin/traffic-accounts/1")
+    assert (reply.status, reply.body["code"]) == (503, "QUEUE_UNAVAILABLE")
+    assert "/readyz" in reply.body["message"]
+    assert int(reply.headers["Retry-After"]) > 0
+
+
 async def test_a_lock_held_for_too_long_is_answered_with_503_to_be_tried_again(api: Api) -> None:
     async def handler(req: Request) -> None:
         await req.db.execute("set local lock_timeout = '10ms'")

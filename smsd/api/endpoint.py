@@ -52,6 +52,11 @@ _PROCESS, _NUMBERS = secrets.token_hex(12), itertools.count()
 """What request ids are made of: a random number each would cost more than reading a receipt does."""
 
 # What Postgres says when somebody else holds a lock for too long, or two stood in each other's way.
+_NO_SCHEMA = (
+    asyncpg.UndefinedTableError,
+    asyncpg.UndefinedColumnError,
+    asyncpg.UndefinedFunctionError,
+)
 _BUSY = (asyncpg.LockNotAvailableError, asyncpg.TransactionRollbackError)
 
 # What aiohttp says of a body that is not chunked or packed as announced.
@@ -591,6 +596,10 @@ def _from_surprise(error: Exception) -> ApiError:
     if isinstance(error, (*database.AWAY, *_BUSY)):
         log.warning("database.away", error=type(error).__name__)
         return ApiError(503, "QUEUE_UNAVAILABLE", "the database does not answer; try again")
+    if isinstance(error, _NO_SCHEMA):  # we listen while a first start still migrates
+        log.warning("schema.behind", error=type(error).__name__)
+        why = "the database's schema is not this version's: see /readyz, and try again"
+        return ApiError(503, "QUEUE_UNAVAILABLE", why)
     # Without its words: those of Postgres and pydantic quote rows, that is numbers and texts.
     log.error(
         "request.failed",
