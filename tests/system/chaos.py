@@ -154,11 +154,12 @@ def _say(text: str) -> None:
 
 def _tell(verdict: Verdict, elapsed: float, left: float) -> None:
     scenario = verdict.scenario
+    use = "" if verdict.use is None else f", use {verdict.use:.3f}"
     _say(
         f"seed {scenario.seed}: {'BROKEN' if verdict.breaches else 'ok'} in {verdict.seconds:.0f} s, "
         f"{scenario.replicas} replicas, {verdict.messages} messages, {verdict.deaths} kills, "
         f"{sum(verdict.struck.values())} faults, {verdict.unknown} unknown, {verdict.resolved} resolved, "
-        f"worst second {verdict.worst:.3f}  "
+        f"worst second {verdict.worst:.3f}{use}  "
         f"[{' '.join(scenario.faults)}]  {elapsed / 60:.1f} min gone, {max(0.0, left) / 60:.1f} left"
     )
     for breach in verdict.breaches:
