@@ -36,16 +36,22 @@ class _Kernel(NamedTuple):
     unsent: int
 
 
-def _ask(transport: asyncio.Transport) -> _Kernel | None:
-    """None where it cannot be told: another system, a closed connection."""
+def tcp_info(transport: asyncio.BaseTransport, size: int) -> bytes | None:
+    """The first `size` bytes of the kernel's struct tcp_info; None where it tells nothing: another system, an older
+    kernel, a connection that is gone or no TCP."""
     connection = transport.get_extra_info("socket")
-    if sys.platform != "linux" or connection is None or transport.is_closing():
+    if sys.platform != "linux" or connection is None:
         return None
     try:
-        info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _SIZE)
+        info: bytes = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, size)
     except OSError:
         return None
-    if len(info) < _SIZE:
+    return info if len(info) == size else None
+
+
+def _ask(transport: asyncio.Transport) -> _Kernel | None:
+    """None where it cannot be told, and of a connection that is being closed."""
+    if transport.is_closing() or (info := tcp_info(transport, _SIZE)) is None:
         return None
     return _Kernel(
         *(struct.unpack_from("=I", info, at)[0] for at in (_UNACKNOWLEDGED, _SENT_AGAIN, _UNSENT))

@@ -178,9 +178,11 @@ class DatabaseClock:
 
     async def learn(self, pool: Pool) -> float:
         """Reads until it is known; returns what `observe` does."""
+        if self.is_known():
+            return 0.0
         ahead = 0.0
-        while not self.is_known():
-            async with pool.acquire() as db:
+        async with pool.acquire() as db:  # once: giving it back takes a round trip too
+            while not self.is_known():
                 before = arrival.clock()
                 now_us = await db.fetchval(SQL["read_clock"])
                 ahead = max(ahead, self.observe(before, arrival.clock(), now_us))

@@ -51,12 +51,14 @@ _QUIET = {"/healthz", "/readyz", "/metrics", "/webhooks/mitto/dlr"}
 _PROCESS, _NUMBERS = secrets.token_hex(12), itertools.count()
 """What request ids are made of: a random number each would cost more than reading a receipt does."""
 
-# What Postgres says when somebody else holds a lock for too long, or two stood in each other's way.
+# What Postgres says where the schema is missing or another one.
 _NO_SCHEMA = (
     asyncpg.UndefinedTableError,
     asyncpg.UndefinedColumnError,
     asyncpg.UndefinedFunctionError,
 )
+
+# What Postgres says when somebody else holds a lock for too long, or two stood in each other's way.
 _BUSY = (asyncpg.LockNotAvailableError, asyncpg.TransactionRollbackError)
 
 # What aiohttp says of a body that is not chunked or packed as announced.

@@ -4,7 +4,6 @@ import asyncio
 import re
 import socket
 import struct
-import sys
 import time
 import uuid
 from collections.abc import Awaitable, Callable
@@ -16,6 +15,7 @@ from aiohttp import StreamReader, web
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http import RawRequestMessage
 
+from smsd import arrival
 from smsd.simulator.ledger import Accepted, Draft, Report, iso
 from smsd.simulator.receipts import FAILURE
 from smsd.simulator.switches import Fault
@@ -24,9 +24,9 @@ _E164 = re.compile(r"\+[1-9][0-9]{6,14}")
 _LONGEST_SENDER = 16
 _DRIPS = 20
 _NO_LINGER = struct.pack("ii", 1, 0)
-# Of Linux's struct tcp_info: milliseconds since the last byte came in, counted in ticks of at most 4 ms.
-_LAST_DATA_RECEIVED, _TCP_INFO_SIZE = 52, 104
-_TWO_TICKS_SECONDS = 0.008
+# Of Linux's struct tcp_info: milliseconds since the last byte came in, counted in ticks (4 ms where HZ is 250).
+_LAST_DATA_RECEIVED, _SIZE = 52, 56
+_TWO_TICKS_MS = 8
 
 
 class Refusal(Exception):  # noqa: N818 - an answer, not a failure of ours
@@ -164,19 +164,10 @@ def bend(
 def lay_seconds(transport: asyncio.BaseTransport | None) -> float:
     """For how long what has just been read had lain in the kernel, as this process had other things to do: 0.0 where it
     was less than two ticks of the kernel, or the system cannot tell."""
-    raw = transport.get_extra_info("socket") if transport is not None else None
-    if (
-        sys.platform != "linux"
-        or raw is None
-        or raw.family not in (socket.AF_INET, socket.AF_INET6)
-    ):
-        return 0.0
-    try:
-        info = raw.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_SIZE)
-    except OSError:
+    if transport is None or (info := arrival.tcp_info(transport, _SIZE)) is None:
         return 0.0
     (milliseconds,) = struct.unpack_from("=I", info, _LAST_DATA_RECEIVED)
-    return milliseconds / 1000 if milliseconds > _TWO_TICKS_SECONDS * 1000 else 0.0
+    return milliseconds / 1000 if milliseconds > _TWO_TICKS_MS else 0.0
 
 
 class Connection(web.RequestHandler):

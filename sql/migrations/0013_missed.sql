@@ -43,7 +43,7 @@ end $$;
 -- campaigns keep the slots that they are given.
 create or replace function make_way(acc traffic_account, p_tenant bigint, p_fits boolean, p_cost int, p_rps int,
                                     p_until bigint, p_from bigint)
-returns bigint language plpgsql as $$
+returns bigint language plpgsql set enable_sort = off as $$
 declare b batch;
 begin
   select x.* into b from batch x join lane l on l.id = x.lane_id
