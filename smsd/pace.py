@@ -25,6 +25,8 @@ REPLICA_IN_FLIGHT = 256
 """Requests in flight of the whole process; no account takes more than half, so that one that hangs stops no other."""
 MESSAGES_IN_FLIGHT = 20_000
 """Messages in memory per account; bounds what a very high limit would claim ahead."""
+SLOW_ANSWER_SECONDS = 1.0
+"""What an answer may take, until there are ten: a process that has just started uses the limit before it knows better."""
 BREAKER_AFTER = 3
 BREAKER_SECONDS_MOST = 30.0
 THROTTLE_SECONDS, THROTTLE_SECONDS_MOST = 0.25, 60.0
@@ -166,7 +168,7 @@ class Pace:
         # When each was claimed. By grant, not by batch: one that was given back may be here again already.
         self._places: dict[queue.Grant, float] = {}
         self._messages = 0
-        self._seconds = Recent(0.05)
+        self._seconds = Recent(SLOW_ANSWER_SECONDS)
         self._took = Recent(math.inf)
         self._missed = 0
         self.told = (0, 0.0)

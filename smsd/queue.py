@@ -10,7 +10,7 @@ Times that carry `_us` are microseconds of the database's clock.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from smsd import arrival, database, metrics
 from smsd.database import Connection, Executor, Pool
@@ -353,25 +353,21 @@ async def add_message(
 # -------------------------------------------------------------------------------------------- settle
 
 
-async def settle_items(
-    db: Executor,
-    batch_id: int,
-    attempt: int,
-    items: Sequence[ItemResult],
-    bulk_id: str | None,
-    status: int | None,
-    *,
-    mapped: bool = True,
-) -> bool:
-    """Writes an answer that decided item by item: one transaction. False: a newer attempt exists, recorded only.
-    `mapped`: off where nobody knows which id is whose; with an id for each, all are accepted then, else all unknown,
-    and the ids are kept to be asked about."""
-    details = [item.detail for item in items]
-    return bool(
-        await db.fetchval(
-            SQL["settle_items" if mapped else "settle_unmapped"],
-            batch_id,
-            attempt,
+class Answer(NamedTuple):
+    """An answer that decided item by item, as it is written and remembered: some fifty bytes a message."""
+
+    message_ids: str
+    states: str
+    provider_ids: str
+    details: list[str | None] | None
+    bulk_id: str | None
+    status: int | None
+
+    @classmethod
+    def of(cls, items: Sequence[ItemResult], bulk_id: str | None, status: int | None) -> Self:
+        """From what the answer says of each item."""
+        details = [item.detail for item in items]
+        return cls(
             ",".join([str(item.message_id) for item in items]),
             ",".join([str(int(item.state)) for item in items]),
             _joined([item.provider_id or "" for item in items]),
@@ -379,7 +375,20 @@ async def settle_items(
             bulk_id,
             status,
         )
-    )
+
+    def given_ids(self) -> list[str]:
+        """The ids that Mitto gave."""
+        return [one for one in self.provider_ids.split("\n") if one]
+
+
+async def settle_items(
+    db: Executor, batch_id: int, attempt: int, answer: Answer, *, mapped: bool = True
+) -> bool:
+    """Writes an answer that decided item by item: one transaction. False: a newer attempt exists, recorded only.
+    `mapped`: off where nobody knows which id is whose; with an id for each, all are accepted then, else all unknown,
+    and the ids are kept to be asked about."""
+    statement = SQL["settle_items" if mapped else "settle_unmapped"]
+    return bool(await db.fetchval(statement, batch_id, attempt, *answer))
 
 
 def _joined(provider_ids: Sequence[str]) -> str:

@@ -382,21 +382,16 @@ class Sender:
         """Writes what came of a POST, however long that takes: once Mitto has it, it must not be forgotten."""
         faults.point("settle.writing")
         if result.outcome is Outcome.ACCEPTED:
-            settle = partial(self._settle_items, account, credentials, grant, intent, result, bound)
-            self._memory.settling(grant, settle, sent=True)
-            became = await settle()
+            became = await self._settle_items(account, credentials, grant, intent, result, bound)
         else:
-            self._memory.settling(
-                grant,
-                lambda: self._settle_whole(account, grant, intent, result),
-                sent=result.outcome is Outcome.UNKNOWN,
-            )
+            sent = result.outcome is Outcome.UNKNOWN
+            n = len(intent.ids)
+            whole = partial(self._settle_whole, account, grant, intent.attempt, n, result)
+            self._memory.settling(grant, whole, sent=sent)
             await database.until_written(
                 lambda: self._act_on(account, credentials, grant, intent, result)
             )
-            became = await database.until_written(
-                lambda: self._settle_whole(account, grant, intent, result)
-            )
+            became = await database.until_written(whole)
         states = [item.state for item in result.items] if became == "done" else []
         metrics.batch_settled(str(result.outcome), became, len(intent.ids), states)
         faults.point("settle.written")
@@ -414,34 +409,42 @@ class Sender:
         result: mitto.Result,
         bound: structlog.stdlib.BoundLogger,
     ) -> str:
+        answer = queue.Answer.of(result.items, result.bulk_id, result.status)
+        write = partial(self._write_answer, grant, intent.attempt, answer, bound)
         mapped = True
         if self._order_holds is not None:
+            # A failover meanwhile finds what is true without its answer.
+            self._memory.settling(grant, partial(write, mapped=False), sent=True)
             known = account.row.capabilities.get("orderKept")
             mapped = await self._order_holds(credentials, known, intent.phones, result.items)
+        self._memory.settling(grant, partial(write, mapped=mapped), sent=True)
+        return await write(mapped=mapped)
+
+    async def _write_answer(
+        self,
+        grant: queue.Grant,
+        attempt: int,
+        answer: queue.Answer,
+        bound: structlog.stdlib.BoundLogger,
+        *,
+        mapped: bool,
+    ) -> str:
+        batch_id = grant.batch_id
         try:
             written = await database.until_written(
-                lambda: queue.settle_items(
-                    self._pool,
-                    grant.batch_id,
-                    intent.attempt,
-                    result.items,
-                    result.bulk_id,
-                    result.status,
-                    mapped=mapped,
-                )
+                lambda: queue.settle_items(self._pool, batch_id, attempt, answer, mapped=mapped)
             )
         except (asyncpg.PostgresError, ValueError):
             # An answer that cannot be written as it is must still not be lost: its receipts can speak for it.
             bound.exception("answer.not_written")
             return await database.until_written(
                 lambda: queue.settle_batch(
-                    self._pool, grant.batch_id, intent.attempt, "unknown", "unknown", status=result.status,
+                    self._pool, batch_id, attempt, "unknown", "unknown", status=answer.status,
                     detail="the answer could not be written",
                 )
             )  # fmt: skip
         # A receipt may have missed our result, as we may have missed it: look again in a new snapshot.
-        ids = [item.provider_id for item in result.items if item.provider_id is not None]
-        await database.until_written(lambda: queue.rejoin_receipts(self._pool, ids))
+        await database.until_written(lambda: queue.rejoin_receipts(self._pool, answer.given_ids()))
         return "done" if written else "duplicate"
 
     async def _act_on(
@@ -478,7 +481,7 @@ class Sender:
             await self._read_accounts()  # the key may be another by now
 
     async def _settle_whole(
-        self, account: Pace, grant: queue.Grant, intent: queue.Intent, result: mitto.Result
+        self, account: Pace, grant: queue.Grant, attempt: int, n: int, result: mitto.Result
     ) -> str:
         match result.outcome:
             case Outcome.RETRY:
@@ -486,7 +489,7 @@ class Sender:
             case Outcome.REFUSED:
                 action = "refused"
             case Outcome.TOO_LARGE:
-                action = "back" if len(intent.ids) > 1 else "refused"
+                action = "back" if n > 1 else "refused"
             case Outcome.LANE_BROKEN:
                 action = "refused" if grant.is_single else "back"
             case Outcome.UNKNOWN:
@@ -496,7 +499,7 @@ class Sender:
         return await queue.settle_batch(
             self._pool,
             grant.batch_id,
-            intent.attempt,
+            attempt,
             action,
             str(result.outcome),
             status=result.status,

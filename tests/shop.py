@@ -105,7 +105,9 @@ class Shop:
             self.provider_ids += 1
             provider_id = f"M{self.provider_ids}" if state == MessageState.ACCEPTED else None
             items.append(ItemResult(message_id, state, provider_id, None))
-        await queue.settle_items(self.pool, grant.batch_id, intent.attempt, items, "bulk", 200)
+        await queue.settle_items(
+            self.pool, grant.batch_id, intent.attempt, queue.Answer.of(items, "bulk", 200)
+        )
 
     async def send_all(self, *states: MessageState) -> None:
         """Posts and answers until nothing is ready."""

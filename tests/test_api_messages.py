@@ -180,9 +180,7 @@ class World:
                     self.shop.pool,
                     grant.batch_id,
                     intent.attempt,
-                    result.items,
-                    result.bulk_id,
-                    200,
+                    queue.Answer.of(result.items, result.bulk_id, 200),
                 )
 
     async def campaign(self, n: int) -> int:

@@ -342,6 +342,8 @@ async def test_a_late_answer_for_a_whole_batch_finds_the_erased_message_too(case
     await queue.settle_batch(case.pool, grant.batch_id, intent.attempt, "unknown", "unknown")
     await case.erased()
     items = [ItemResult(one, ACCEPTED, f"L{one}", None) for one in intent.ids]
-    await queue.settle_items(case.pool, grant.batch_id, intent.attempt, items, "bulk", 200)
+    await queue.settle_items(
+        case.pool, grant.batch_id, intent.attempt, queue.Answer.of(items, "bulk", 200)
+    )
     assert (await case.totals(campaign_id)).accepted == 2
     await assert_sound(case.pool)

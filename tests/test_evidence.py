@@ -89,7 +89,9 @@ def answer(intent: Intent, *ids: str) -> list[ItemResult]:
 
 async def settle(shop: Shop, grant: Grant, intent: Intent, *ids: str) -> bool:
     items = answer(intent, *ids)
-    return await queue.settle_items(shop.pool, grant.batch_id, intent.attempt, items, "bulk", 200)
+    return await queue.settle_items(
+        shop.pool, grant.batch_id, intent.attempt, queue.Answer.of(items, "bulk", 200)
+    )
 
 
 # ------------------------------------------------------------------------ a batch's word becomes its messages'
@@ -584,7 +586,7 @@ async def test_an_answer_out_of_order_is_accepted_and_its_ids_find_their_message
     [(grant, intent)] = await shop.post()
     items = answer(intent, "C", "A", "B")
     written = await queue.settle_items(
-        shop.pool, grant.batch_id, 1, items, "bulk", 200, mapped=False
+        shop.pool, grant.batch_id, 1, queue.Answer.of(items, "bulk", 200), mapped=False
     )
     assert written
     assert await states(shop) == [(10, None, None)] * 3
@@ -603,7 +605,9 @@ async def test_an_answer_out_of_order_with_a_refusal_leaves_all_unknown_until_id
     campaign_id = await shop.sending(3, batch_size=3)
     [(grant, intent)] = await shop.post()
     items = [*answer(intent, "B", "A", "C")[:2], ItemResult(intent.ids[2], REFUSED, None, "no")]
-    await queue.settle_items(shop.pool, grant.batch_id, 1, items, "bulk", 200, mapped=False)
+    await queue.settle_items(
+        shop.pool, grant.batch_id, 1, queue.Answer.of(items, "bulk", 200), mapped=False
+    )
     assert (await check_the_account(shop, campaign_id)).totals.unknown == 3
     assert await evidence.map_id(shop.pool, "A", intent.phones[0])
     assert await evidence.map_id(shop.pool, "B", intent.phones[2])

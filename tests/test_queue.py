@@ -903,7 +903,9 @@ async def test_each_item_gets_the_state_that_its_answer_says(shop: Shop) -> None
     await shop.expand(5, segments=2)
     ((grant, intent),) = await shop.post()
     answer = items(intent.ids, ACCEPTED, REFUSED, UNKNOWN, ACCEPTED)
-    assert await queue.settle_items(shop.pool, grant.batch_id, 1, answer, "bulk-1", 200)
+    assert await queue.settle_items(
+        shop.pool, grant.batch_id, 1, queue.Answer.of(answer, "bulk-1", 200)
+    )
     rows = await shop.pool.fetch("select * from message order by id")
     assert [row["state"] for row in rows] == [10, 40, 5, 10, 10]
     assert [row["provider_id"] for row in rows] == [one.provider_id for one in answer]
@@ -934,11 +936,11 @@ async def test_an_id_that_is_already_ours_makes_its_message_unknown_and_no_other
     campaign_id = await shop.sending(10)
     first, second = await shop.post(2)
     await queue.settle_items(
-        shop.pool, first[0].batch_id, 1, items(first[1].ids, ACCEPTED), None, 200
+        shop.pool, first[0].batch_id, 1, queue.Answer.of(items(first[1].ids, ACCEPTED), None, 200)
     )
     taken = f"P{first[1].ids[0]}"
     answer = items(second[1].ids, ACCEPTED, (ACCEPTED, taken), ACCEPTED)
-    await queue.settle_items(shop.pool, second[0].batch_id, 1, answer, None, 200)
+    await queue.settle_items(shop.pool, second[0].batch_id, 1, queue.Answer.of(answer, None, 200))
     rows = await shop.pool.fetch(
         "select state, provider_id from message where id = any ($1) order by id", second[1].ids
     )
@@ -954,7 +956,10 @@ async def test_a_late_answer_is_written_whoever_has_declared_the_batch_unknown(s
     assert await queue.reap(shop.pool) == (0, 1)
     assert (await check_the_account(shop, campaign_id)).totals.unknown == 5
     assert await queue.settle_items(
-        shop.pool, grant.batch_id, intent.attempt, items(intent.ids, ACCEPTED), None, 200
+        shop.pool,
+        grant.batch_id,
+        intent.attempt,
+        queue.Answer.of(items(intent.ids, ACCEPTED), None, 200),
     )
     sums = (await check_the_account(shop, campaign_id)).totals
     assert (sums.unknown, sums.pending) == (0, 5)
@@ -973,13 +978,18 @@ async def test_a_late_answer_to_an_older_attempt_is_recorded_as_a_duplicate_and_
     await queue.wake_lane(pool, await lane_of(pool, campaign_id), 0)
     ((grant, second),) = await shop.post()
     late = items(first.ids, (ACCEPTED, "late"), REFUSED)
-    assert not await queue.settle_items(pool, grant.batch_id, first.attempt, late, None, 200)
+    assert not await queue.settle_items(
+        pool, grant.batch_id, first.attempt, queue.Answer.of(late, None, 200)
+    )
     assert (await check_the_account(shop, campaign_id)).totals.processing == 5
     assert await pool.fetchval("select count(*) from provider_message") == 0
     await queue.settle_items(
-        pool, grant.batch_id, second.attempt, items(second.ids, ACCEPTED), None, 200
+        pool,
+        grant.batch_id,
+        second.attempt,
+        queue.Answer.of(items(second.ids, ACCEPTED), None, 200),
     )
-    await queue.settle_items(pool, grant.batch_id, first.attempt, late, None, 200)
+    await queue.settle_items(pool, grant.batch_id, first.attempt, queue.Answer.of(late, None, 200))
     outcomes = await pool.fetch("select outcome from attempt order by n")
     assert [row["outcome"] for row in outcomes] == ["duplicate", "accepted"]
     assert list(await broken(pool)) == ["once"]
@@ -1000,7 +1010,9 @@ async def test_a_late_refusal_of_an_older_attempt_is_no_duplicate(shop: Shop, wh
         assert became == "late"
     else:
         late = items(first.ids, REFUSED)
-        assert not await queue.settle_items(shop.pool, grant.batch_id, 1, late, None, 200)
+        assert not await queue.settle_items(
+            shop.pool, grant.batch_id, 1, queue.Answer.of(late, None, 200)
+        )
     assert (await check_the_account(shop, campaign_id)).totals.processing == 5
 
 
@@ -1011,7 +1023,7 @@ async def test_an_answer_that_is_written_twice_counts_once_and_is_no_duplicate(s
     answer = items(intent.ids, ACCEPTED, REFUSED)
     for _ in range(2):
         assert await queue.settle_items(
-            shop.pool, grant.batch_id, intent.attempt, answer, "bulk", 200
+            shop.pool, grant.batch_id, intent.attempt, queue.Answer.of(answer, "bulk", 200)
         )
     sums = (await check_the_account(shop, campaign_id)).totals
     assert (sums.pending, sums.refused) == (1, 4)
@@ -1042,7 +1054,10 @@ async def test_of_two_who_write_the_same_answer_at_once_one_writes(shop: Shop) -
 
         async def write(grant: Grant = grant, answer: list[ItemResult] = answer) -> bool:
             return await database.until_written(
-                lambda: queue.settle_items(shop.pool, grant.batch_id, 1, answer, None, 200), 0.01
+                lambda: queue.settle_items(
+                    shop.pool, grant.batch_id, 1, queue.Answer.of(answer, None, 200)
+                ),
+                0.01,
             )
 
         assert all(await asyncio.gather(write(), write(), write()))

@@ -120,7 +120,9 @@ async def test_every_order_of_up_to_four_receipts_ends_where_their_set_says(
     early = (0, 1) if how == "half before the result" else ()
     if early:
         await receive(*early)
-    await queue.settle_items(pool, grant.batch_id, intent.attempt, answer, None, 200)
+    await queue.settle_items(
+        pool, grant.batch_id, intent.attempt, queue.Answer.of(answer, None, 200)
+    )
     await queue.rejoin_receipts(pool, ids)
     late = [place for place in range(4) if place not in early]
     if how == "all at once":
@@ -277,7 +279,9 @@ async def test_a_receipt_for_an_unknown_message_waits_and_decides_once_its_id_is
         ItemResult(message_id, MessageState.ACCEPTED, one, None)
         for message_id, one in zip(intent.ids, ("late", "later"), strict=True)
     ]
-    await queue.settle_items(pool, grant.batch_id, intent.attempt, answer, None, 200)
+    await queue.settle_items(
+        pool, grant.batch_id, intent.attempt, queue.Answer.of(answer, None, 200)
+    )
     assert await queue.rejoin_receipts(pool, ["late", "later"]) == 1
     sums = (await check_the_account(shop, campaign_id)).totals
     assert (sums.unknown, sums.delivered, sums.pending) == (0, 1, 1)
@@ -315,7 +319,7 @@ async def test_a_receipt_and_the_result_it_belongs_to_never_miss_each_other(
     async def settle(batch_id: int, message_id: int) -> None:
         await asyncio.sleep(dice.random() * 0.002)
         item = ItemResult(message_id, MessageState.ACCEPTED, f"id-{message_id}", None)
-        await queue.settle_items(pool, batch_id, 1, [item], None, 200)
+        await queue.settle_items(pool, batch_id, 1, queue.Answer.of([item], None, 200))
         await queue.rejoin_receipts(pool, [f"id-{message_id}"])
 
     async def receive(message_id: int) -> None:
@@ -346,7 +350,9 @@ async def test_a_receipt_that_its_result_missed_looks_again_once_it_is_committed
         )
         await until_somebody_waits(pool)
         item = ItemResult(intent.ids[0], MessageState.ACCEPTED, "missed", None)
-        await queue.settle_items(pool, grant.batch_id, intent.attempt, [item], None, 200)
+        await queue.settle_items(
+            pool, grant.batch_id, intent.attempt, queue.Answer.of([item], None, 200)
+        )
         assert await queue.rejoin_receipts(pool, ["missed"]) == 0
     assert await putting == 2
     assert await states(pool, [known, "missed"]) == [ENROUTE, DELIVERED]
@@ -364,7 +370,7 @@ async def test_a_receipt_that_both_missed_is_found_by_the_look_at_all(
         ItemResult(message_id, MessageState.ACCEPTED, one, None)
         for message_id, one in zip(intent.ids, ("early", "later"), strict=True)
     ]
-    await queue.settle_items(pool, grant.batch_id, 1, answer, None, 200)
+    await queue.settle_items(pool, grant.batch_id, 1, queue.Answer.of(answer, None, 200))
     assert await queue.rejoin_receipts(pool, ["later"]) == 0
     assert await queue.rejoin_receipts(pool, None) == 1
     assert await queue.rejoin_receipts(pool, None) == 0
@@ -395,7 +401,9 @@ async def known_too_late(shop: Shop, one: str, age: timedelta) -> None:
     await queue.apply_receipts(shop.pool, [receipt(one, DELIVERED)])
     await shop.pool.execute(AGE, age)
     item = ItemResult(intent.ids[0], MessageState.ACCEPTED, one, None)
-    await queue.settle_items(shop.pool, grant.batch_id, intent.attempt, [item], None, 200)
+    await queue.settle_items(
+        shop.pool, grant.batch_id, intent.attempt, queue.Answer.of([item], None, 200)
+    )
 
 
 async def test_every_round_looks_at_the_receipts_of_the_last_minute_and_the_sweep_at_all(

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import tracemalloc
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
@@ -96,7 +97,7 @@ class World:
 
         async def write() -> object:
             return await queue.settle_items(
-                self.pool, grant.batch_id, intent.attempt, items, "bulk", 200
+                self.pool, grant.batch_id, intent.attempt, queue.Answer.of(items, "bulk", 200)
             )
 
         await self.settle(replica_id, grant, write, sent=True)
@@ -789,3 +790,37 @@ async def test_nothing_becomes_unknown_where_replicas_work_and_nothing_was_forgo
         await queue.leave(connection, world.shop.replica_id, "stopped")
         report = await recovery.recover(connection, decide=True, as_unknown=True)
     assert report.unknown == 5
+
+
+async def test_what_was_posted_is_remembered_as_it_was_in_little_more_memory_than_its_texts() -> (
+    None
+):
+    memory = Memory()
+
+    async def written() -> None:
+        """Nothing to write."""
+
+    tracemalloc.start()
+    try:
+        for number in range(20):
+            grant = queue.Grant(number, 1, 1, 1, 500, 0)
+            memory.begin(1, 1, grant)
+            memory.posted(grant, _five_hundred(number))
+            memory.settling(grant, written, sent=True)
+            memory.end(grant)
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    posted = [_five_hundred(number) for number in range(20)]
+    texts = sum(len(text.encode()) for intent in posted for text in intent.texts)
+    assert kept < 1.5 * texts
+    assert [(one.attempt, one.intent) for one in memory] == [(3, intent) for intent in posted]
+
+
+def _five_hundred(number: int) -> queue.Intent:
+    """As Postgres answers: new objects each time."""
+    ids = [2**33 + 500 * number + i for i in range(500)]
+    texts = [
+        f"Γειά σου {one}, sale until Friday in all shops and on all days of the week" for one in ids
+    ]
+    return queue.Intent("post", 3, "Shop", ids, [one + 306900000000 for one in ids], texts)

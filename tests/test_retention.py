@@ -299,7 +299,9 @@ async def test_a_receipt_that_comes_while_messages_go_changes_nothing_either(cas
     await case.shop.receive(**{f"M{n}": 30 for n in range(1, case.shop.provider_ids + 1)})
     assert batch is not None
     late = [ItemResult(one, ACCEPTED, f"L{one}", None) for one in batch["ids"]]
-    await queue.settle_items(case.pool, batch["id"], batch["attempt"], late, "bulk", 200)
+    await queue.settle_items(
+        case.pool, batch["id"], batch["attempt"], queue.Answer.of(late, "bulk", 200)
+    )
     assert (await case.certificate()).sha256 == before.sha256
     await assert_sound(case.pool)
     await case.sweep()

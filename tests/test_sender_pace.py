@@ -176,6 +176,17 @@ async def test_the_requests_in_flight_grow_to_what_a_slow_provider_needs_for_the
     assert 27 <= mitto.ledger.max_in_flight("main") <= 60, "100 a second, 0.3 s each: 30"
 
 
+async def test_a_process_that_has_just_started_uses_the_limit_before_the_first_answer(
+    pool: database.Pool, account: int, shop: Shop, mitto: Simulator
+) -> None:
+    mitto.switches = Switches(dlr=False, latency_seconds=2)
+    await change_account(pool, account, requests_per_second=20)
+    await shop.sending(30, batch_size=1)
+    async with sending(pool, shop.replica_id, mitto.url, worker_concurrency=5):
+        await mitto.requests_reached(15)
+        assert mitto.ledger.max_in_flight("main") >= 15
+
+
 def eight_at_once() -> Pace:
     row = queue.AccountRow(1, "main", "key", "refused", 10**9, None, None)
     return Pace(row, config.load({"SMSD_WORKER_CONCURRENCY": "8"}))

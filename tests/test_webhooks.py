@@ -107,7 +107,9 @@ async def test_an_id_that_is_not_known_yet_is_kept_until_it_is(api: Api) -> None
     assert (await receive(api, receipt("early")))[:2] == answered(1, 0)
     assert await shop.pool.fetchval("select provider_id from early_receipt") == "early"
     items = [ItemResult(intent.ids[0], ACCEPTED, "early", None)]
-    await queue.settle_items(shop.pool, grant.batch_id, intent.attempt, items, None, 200)
+    await queue.settle_items(
+        shop.pool, grant.batch_id, intent.attempt, queue.Answer.of(items, None, 200)
+    )
     await queue.rejoin_receipts(shop.pool, None)
     assert (await states(shop.pool))["early"] == MessageState.DELIVERED
 
