@@ -4,6 +4,7 @@ Also what an `Idempotency-Key` remembers, per tenant and route. Secrets are kept
 only the hash is kept.
 """
 
+import asyncio
 import hashlib
 import math
 import secrets
@@ -406,10 +407,11 @@ async def signing_keys(db: Executor) -> list[bytes]:
 
 @dataclass(slots=True)
 class WebhookSecrets:
-    """Who may bring receipts, as it was read: hash of the secret → account (None: any)."""
+    """Who may bring receipts, as it was read: hash of the secret → account (None: any). `reading`: held by who reads."""
 
     read_at: float = -math.inf
     accounts: dict[bytes, int | None] = field(default_factory=dict)
+    reading: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 async def webhook_secrets(db: Executor) -> list[tuple[int, str]]:

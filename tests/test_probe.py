@@ -331,8 +331,8 @@ async def test_every_request_takes_of_the_account_s_limit_and_of_that_over_all(
 async def test_a_probe_that_runs_out_of_time_keeps_what_it_found_by_then(
     pool: database.Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One request a second: the first shows Mitto's clock, the second sends a message, a third comes after two seconds."""
-    monkeypatch.setattr(probe, "SECONDS_MOST", 1.9)
+    """One request a second: the first shows Mitto's clock, the second sends a message, a third would come too late."""
+    monkeypatch.setattr(probe, "SECONDS_MOST", 1.75)
     account = await new_account(pool, requests_per_second=1)
     report = await ask(pool, simulator, account)
     assert len(simulator.ledger.requests) == 2

@@ -424,8 +424,12 @@ def _query(raw: web.Request, model: type[Model]) -> Model:
 
 async def read_body(raw: web.Request, limit: int) -> bytes:
     """The body, or 413 as soon as it is known to be too large."""
-    body = bytearray()
-    if (raw.content_length or 0) <= limit:
+    if raw.content.is_eof():  # as nearly always: it came with its headers
+        whole = raw.content.read_nowait()
+        if len(whole) <= limit:
+            return whole
+    elif (raw.content_length or 0) <= limit:
+        body = bytearray()
         async for chunk in raw.content.iter_any():
             body += chunk
             if len(body) > limit:

@@ -86,9 +86,16 @@ async def _caller(req: Request) -> int | None:
 
 
 async def _secrets(req: Request) -> dict[bytes, int | None]:
+    known = req.ctx.webhook_secrets
+    if time.monotonic() - known.read_at >= SECRETS_SECONDS:
+        async with known.reading:  # once for all that come meanwhile
+            if time.monotonic() - known.read_at >= SECRETS_SECONDS:
+                await _read_secrets(req)
+    return known.accounts
+
+
+async def _read_secrets(req: Request) -> None:
     ctx, known = req.ctx, req.ctx.webhook_secrets
-    if time.monotonic() - known.read_at < SECRETS_SECONDS:
-        return known.accounts
     accounts: dict[bytes, int | None] = {
         hashlib.sha256(secret.encode()).digest(): account_id
         for account_id, secret in await tenants.webhook_secrets(ctx.pool)
@@ -97,7 +104,6 @@ async def _secrets(req: Request) -> dict[bytes, int | None]:
         shared = ctx.settings.webhook_secret.get_secret_value().encode()
         accounts.setdefault(hashlib.sha256(shared).digest(), None)
     known.read_at, known.accounts = time.monotonic(), accounts
-    return accounts
 
 
 DLR = Endpoint(
