@@ -37,6 +37,8 @@ FIRST_PHONE = 306_900_000_000
 NO_LIMIT = 1_000_000
 """Requests a second that nothing here reaches."""
 START_SECONDS = 60.0
+WAL_MEGABYTES = 960
+"""A little less than the least that the embedded Postgres keeps."""
 SMSD = (sys.executable, "-m", "smsd")
 TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -188,6 +190,8 @@ class Machine:
                 self._server = (await self._stack.enter_async_context(server)).dsn
             self._admin = await asyncpg.connect(self._server)
             self._stack.push_async_callback(self._admin.close)
+            if not given:
+                await self._work_in()
             self.version = await self._admin.fetchval("show server_version")
             self._postmaster = self._find_postmaster(self._admin.get_server_pid())
         except BaseException:
@@ -197,6 +201,12 @@ class Machine:
 
     async def __aexit__(self, *_: object) -> None:
         await self._stack.aclose()
+
+    async def _work_in(self) -> None:
+        """A server that has worked for a day has WAL files to use again; a new one makes each, and commits wait."""
+        write = "select pg_logical_emit_message(false, '', repeat('x', 1 << 20)) from generate_series(1, $1)"
+        await self._admin.execute(write, WAL_MEGABYTES)
+        await self._admin.execute("checkpoint")
 
     @contextlib.asynccontextmanager
     async def database(self, *, migrated: bool = True) -> AsyncIterator[str]:

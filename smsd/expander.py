@@ -19,7 +19,8 @@ from smsd.model import Reason
 
 log = structlog.get_logger()
 
-FIRST_CHUNK, CHUNK = 2_000, 10_000
+CHUNK, SMALL_CHUNK = 10_000, 1_000
+"""Recipients: a small one where nothing waits for the rest, at the begin and well ahead of the sender."""
 ROWS_BETWEEN_YIELDS = 100
 SLOW_LOOK_SECONDS = 1.0
 REST = 2.0
@@ -199,7 +200,8 @@ class Expander:
             self._ahead = None
 
     async def _read(self, expansion: Expansion) -> Chunk:
-        limit = CHUNK if expansion.read else FIRST_CHUNK
+        small = not expansion.read or expansion.well_ahead
+        limit = SMALL_CHUNK if small else CHUNK
         recipients = await self._page(expansion, limit)
         renderer = Renderer(
             text.Template(expansion.template),

@@ -17,7 +17,7 @@ from support import assert_sound, new_account, open_shop
 from smsd import campaigns, contacts, credits, database, mitto, queue, text
 from smsd.campaigns import Snapshot
 from smsd.csvfile import Recipient
-from smsd.expander import CHUNK, FIRST_CHUNK, SEGMENTS_MOST, Expander, Renderer
+from smsd.expander import CHUNK, SEGMENTS_MOST, SMALL_CHUNK, Expander, Renderer
 from smsd.expansions import Rendered, Skipped
 from smsd.model import Reason
 
@@ -89,7 +89,7 @@ async def expand(shop: Shop) -> int:
 
 
 async def test_every_contact_gets_one_message_with_its_own_text(shop: Shop) -> None:
-    count = FIRST_CHUNK + 700
+    count = SMALL_CHUNK + 700
     await add_contacts(shop, count)
     campaign_id = await begin(shop, "Hi {{firstName}} in {{stadt}}", count)
     assert await expand(shop) == 2
@@ -100,14 +100,14 @@ async def test_every_contact_gets_one_message_with_its_own_text(shop: Shop) -> N
         (306900000000 + i, f"Hi Name{i} in Wien") for i in range(count)
     ]
     batches = await shop.pool.fetch("select first_id, last_id, n from batch order by first_id")
-    assert [row["n"] for row in batches] == [500, 500, 500, 500, 500, 200]
+    assert [row["n"] for row in batches] == [500, 500, 500, 200]
     assert all(row["last_id"] - row["first_id"] + 1 == row["n"] for row in batches)
     progress = await check_the_account(shop, campaign_id)
     assert (progress.expanded, progress.read, progress.totals.queued) == (True, count, count)
 
 
 async def test_what_was_read_ahead_of_somebody_s_erasure_is_read_again(shop: Shop) -> None:
-    count = FIRST_CHUNK + CHUNK + 2
+    count = SMALL_CHUNK + CHUNK + 2
     await add_contacts(shop, count)
     campaign_id = await begin(shop, "Hi {{firstName}}", count)
     expander = expander_of(shop)
@@ -129,7 +129,7 @@ async def test_what_was_read_ahead_of_somebody_s_erasure_is_read_again(shop: Sho
     assert erased not in [row["phone"] for row in phones]
 
 
-@pytest.mark.parametrize("count", [FIRST_CHUNK, FIRST_CHUNK - 1, FIRST_CHUNK + 1])
+@pytest.mark.parametrize("count", [SMALL_CHUNK, SMALL_CHUNK - 1, SMALL_CHUNK + 1])
 async def test_an_audience_as_large_as_a_chunk_is_read_to_its_end(shop: Shop, count: int) -> None:
     await add_contacts(shop, count)
     campaign_id = await begin(shop, "Hi", count)
@@ -138,10 +138,19 @@ async def test_an_audience_as_large_as_a_chunk_is_read_to_its_end(shop: Shop, co
 
 
 async def test_later_chunks_are_large(shop: Shop) -> None:
-    count = FIRST_CHUNK + CHUNK + 1
+    count = SMALL_CHUNK + CHUNK + 1
     await add_contacts(shop, count)
     campaign_id = await begin(shop, "Hi", count)
     assert await expand(shop) == 3
+    assert (await shop.progress(campaign_id)).totals.queued == count
+
+
+async def test_well_ahead_of_the_sender_chunks_are_small(shop: Shop) -> None:
+    """A large one would be in the way of what is sent, and nothing waits for it: 200 batches are there."""
+    count = 3 * SMALL_CHUNK + 1
+    await add_contacts(shop, count)
+    campaign_id = await begin(shop, "Hi", count, batch_size=SMALL_CHUNK // 200)
+    assert await expand(shop) == 4
     assert (await shop.progress(campaign_id)).totals.queued == count
 
 
@@ -197,18 +206,18 @@ async def test_whoever_came_after_the_enqueue_is_not_in_the_campaign(shop: Shop)
 async def test_a_contact_that_took_over_another_s_number_in_between_is_not_texted_twice(
     shop: Shop,
 ) -> None:
-    await add_contacts(shop, FIRST_CHUNK + 10)
-    campaign_id = await begin(shop, "Hi", FIRST_CHUNK + 10)
+    await add_contacts(shop, SMALL_CHUNK + 10)
+    campaign_id = await begin(shop, "Hi", SMALL_CHUNK + 10)
     expander = expander_of(shop)
     await expander.expand_one()
     await shop.pool.execute("delete from contact where phone = 306900000000")
     await shop.pool.execute(
-        "update contact set phone = 306900000000 where phone = $1", 306900000000 + FIRST_CHUNK + 5
+        "update contact set phone = 306900000000 where phone = $1", 306900000000 + SMALL_CHUNK + 5
     )
     await expander.expand_one()
     progress = await check_the_account(shop, campaign_id)
     assert progress.expanded
-    assert progress.totals.queued == FIRST_CHUNK + 9
+    assert progress.totals.queued == SMALL_CHUNK + 9
 
 
 # ------------------------------------------------------------------------------------ beside others
@@ -239,8 +248,8 @@ async def test_two_replicas_expand_an_audience_together_and_nobody_is_texted_twi
 async def test_a_replica_that_dies_in_the_middle_of_a_chunk_is_followed_by_another(
     shop: Shop,
 ) -> None:
-    await add_contacts(shop, FIRST_CHUNK + 500)
-    campaign_id = await begin(shop, "Hi {{firstName}}", FIRST_CHUNK + 500)
+    await add_contacts(shop, SMALL_CHUNK + 500)
+    campaign_id = await begin(shop, "Hi {{firstName}}", SMALL_CHUNK + 500)
     dying = expander_of(shop)
     await dying.expand_one()
     for pause in (0, 0.005, 0.02, 0.05):
@@ -254,7 +263,7 @@ async def test_a_replica_that_dies_in_the_middle_of_a_chunk_is_followed_by_anoth
     await queue.leave(shop.pool, shop.replica_id, "killed")
     shop.replica_id = await queue.register(shop.pool, "second", "0")
     await expand(shop)
-    assert (await check_the_account(shop, campaign_id)).totals.queued == FIRST_CHUNK + 500
+    assert (await check_the_account(shop, campaign_id)).totals.queued == SMALL_CHUNK + 500
 
 
 async def test_the_loop_expands_what_is_enqueued_and_wakes_its_lane(shop: Shop, dsn: str) -> None:
@@ -380,8 +389,8 @@ async def test_ids_are_taken_without_waiting_for_who_took_some_and_did_not_commi
 async def test_a_campaign_that_runs_out_of_credits_waits_for_a_top_up_and_comes_to_its_end(
     pool: database.Pool, account: int, shop: Shop
 ) -> None:
-    count = FIRST_CHUNK + 100
-    poor = await open_shop(pool, account, shop.replica_id, granted=count + 50)
+    count = SMALL_CHUNK + 100
+    poor = await open_shop(pool, account, shop.replica_id, granted=count + 40)
     await add_contacts(poor, count)
     await pool.execute(
         "update contact set attributes = jsonb_build_object('x', repeat('y', 200)) where id % 20 = 0"
@@ -390,7 +399,7 @@ async def test_a_campaign_that_runs_out_of_credits_waits_for_a_top_up_and_comes_
     await expand(poor)
     campaign = (await poor.progress(campaign_id)).campaign
     assert (campaign.status, campaign.paused_reason) == ("paused", "INSUFFICIENT_CREDITS")
-    assert "needs 2100 credits" in str(campaign.paused_detail)
+    assert "needs 1050 credits" in str(campaign.paused_detail)
     assert (await check_the_account_of(poor, campaign_id)) == 0
     async with pool.acquire() as connection, connection.transaction():
         await credits.grant(connection, poor.id, 200, "top-up")
@@ -398,7 +407,7 @@ async def test_a_campaign_that_runs_out_of_credits_waits_for_a_top_up_and_comes_
     await poor.send_all(ACCEPTED)
     assert await campaigns.finish(pool) == [campaign_id]
     assert await check_the_account_of(poor, campaign_id) == count
-    assert (await credits.balance(pool, poor.id)).balance == 250 - 105
+    assert (await credits.balance(pool, poor.id)).balance == 240 - 55
 
 
 async def check_the_account_of(shop: Shop, campaign_id: int) -> int:
