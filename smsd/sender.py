@@ -177,7 +177,7 @@ class Sender:
 
     def _lead_seconds(self, *, single: bool) -> float:
         # Not the slowest: who is late takes another slot, and what has its intent makes way for nobody.
-        recent = 1.2 * self._intent_seconds[single].percentile(0.9)
+        recent = 1.2 * self._intent_seconds[single].percentile(0.9 if single else 0.95)
         return min(LEAD_SECONDS_MOST, max(LEAD_SECONDS_LEAST, recent))
 
     # ----------------------------------------------------------------------------------------- send
@@ -411,14 +411,28 @@ class Sender:
     ) -> str:
         answer = queue.Answer.of(result.items, result.bulk_id, result.status)
         write = partial(self._write_answer, grant, intent.attempt, answer, bound)
-        mapped = True
-        if self._order_holds is not None:
-            # A failover meanwhile finds what is true without its answer.
-            self._memory.settling(grant, partial(write, mapped=False), sent=True)
-            known = account.row.capabilities.get("orderKept")
-            mapped = await self._order_holds(credentials, known, intent.phones, result.items)
+        in_order = partial(self._is_in_order, account, credentials, intent.phones, result.items)
+
+        async def write_in_order() -> str:
+            return await write(mapped=await in_order())
+
+        self._memory.settling(grant, write_in_order, sent=True)
+        mapped = await in_order()
+        # From here on the answer alone is remembered, and not all that it was read from.
         self._memory.settling(grant, partial(write, mapped=mapped), sent=True)
         return await write(mapped=mapped)
+
+    async def _is_in_order(
+        self,
+        account: Pace,
+        credentials: mitto.Account,
+        phones: Sequence[int],
+        items: Sequence[mitto.ItemResult],
+    ) -> bool:
+        if self._order_holds is None:
+            return True
+        known = account.row.capabilities.get("orderKept")
+        return await self._order_holds(credentials, known, phones, items)
 
     async def _write_answer(
         self,

@@ -146,10 +146,10 @@ async def test_later_chunks_are_large(shop: Shop) -> None:
 
 
 async def test_well_ahead_of_the_sender_chunks_are_small(shop: Shop) -> None:
-    """A large one would be in the way of what is sent, and nothing waits for it: 200 batches are there."""
+    """A large one would be in the way of what is sent, and nothing waits for it: 100 batches are there."""
     count = 3 * SMALL_CHUNK + 1
     await add_contacts(shop, count)
-    campaign_id = await begin(shop, "Hi", count, batch_size=SMALL_CHUNK // 200)
+    campaign_id = await begin(shop, "Hi", count, batch_size=SMALL_CHUNK // 100)
     assert await expand(shop) == 4
     assert (await shop.progress(campaign_id)).totals.queued == count
 

@@ -1,6 +1,6 @@
 -- name: claim_expansion
 -- The next chunk's expansion, of the tenant least recently served; owned by us until its chunk commits. well_ahead:
--- 200 batches of it wait to be sent.
+-- 100 batches of it wait to be sent.
 with next_ as (
   select e.campaign_id from expansion e
    where e.state = 'running' and instance_is_kept()
@@ -15,8 +15,8 @@ update expansion e set owner = $1, served_at = clock_timestamp()
 returning e.campaign_id, e.tenant_id, e.lane_id, e.source, e.sender, e.template, e.as_of, e.batch_size, e.highest_id,
           e.cursor, e.rereads, e.read, e.of, c.list_ids, c.exclude_list_ids, c.filter_gender, c.filter_age_group,
           c.link_url, t.account_id,
-          (select count(*) from (select from batch b where b.lane_id = e.lane_id and b.state = 0 limit 200) waiting)
-            = 200 as well_ahead;
+          (select count(*) from (select from batch b where b.lane_id = e.lane_id and b.state = 0 limit 100) waiting)
+            = 100 as well_ahead;
 
 -- name: advance_expansion
 -- Moves the cursor, if the expansion still runs, is still ours and stands where we read it. No row: drop the chunk.
