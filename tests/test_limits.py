@@ -797,7 +797,7 @@ async def test_a_request_that_nobody_takes_off_the_wire_has_not_arrived_until_so
 
 
 async def replica(stack: AsyncExitStack, dsn: str, provider: Simulator) -> Sending:
-    own = await database.open_pool(dsn, 8)
+    own = await database.open_pool(dsn, 4)  # sixteen of them have 64 connections
     stack.push_async_callback(own.close)
     replica_id = await queue.register(own, "test", "0")
     return await stack.enter_async_context(sending(own, replica_id, provider.url))
@@ -814,17 +814,18 @@ def best_use(provider: Simulator, limit: int, seconds: int) -> float:
 
 @pytest.mark.alone
 @pytest.mark.parametrize(
-    ("limit", "latency", "jitter"), [(100, 0.0, 0.0), (100, 0.2, 0.0), (50, 0.2, 0.6)]
-)
-async def test_two_replicas_use_a_limit_however_long_answers_take(
+    ("replicas", "limit", "latency", "jitter"),
+    [(2, 100, 0.0, 0.0), (2, 100, 0.2, 0.0), (2, 50, 0.2, 0.6), (16, 50, 0.001, 0.0), (16, 50, 0.8, 0.0)],
+)  # fmt: skip
+async def test_replicas_use_a_limit_however_many_and_however_long_answers_take(
     pool: database.Pool, account: int, shop: Shop, provider: Simulator, dsn: str,
-    limit: int, latency: float, jitter: float,
+    replicas: int, limit: int, latency: float, jitter: float,
 ) -> None:  # fmt: skip
     provider.switches = Switches(dlr=False, latency_seconds=latency, latency_jitter_seconds=jitter)
     await change_account(pool, account, requests_per_second=limit)
     await shop.sending(45 * limit, batch_size=1)
     async with AsyncExitStack() as stack:
-        for _ in range(2):
+        for _ in range(replicas):
             await replica(stack, dsn, provider)
         async with asyncio.timeout(50):
             await provider.requests_reached(3 * limit)
