@@ -424,21 +424,20 @@ async def test_no_more_requests_are_in_flight_than_the_account_may_have(
 async def test_two_places_are_kept_for_single_messages(
     pool: database.Pool, account: int, shop: Shop, mitto: Simulator
 ) -> None:
-    """Of the two a second, a campaign may have three on their way: what leaves in the second that an answer may take,
-    and one more."""
-    await pool.execute("update traffic_account set requests_per_second = 2")
-    mitto.switches = Switches(dlr=False, hang_before_accept=1, faults_left=3)
+    """At one a second a campaign has two: what leaves in the second that an answer may take, and one more."""
+    await pool.execute("update traffic_account set requests_per_second = 1")
+    mitto.switches = Switches(dlr=False, hang_before_accept=1, faults_left=2)
     await shop.sending(25)
     async with sending(
         pool, shop.replica_id, mitto.url, worker_concurrency=2, mitto_timeout=4
     ) as at_work:
-        await mitto.requests_reached(3)
+        await mitto.requests_reached(2)
         async with pool.acquire() as connection, connection.transaction():
             await queue.add_message(connection, shop.id, account, 306911111111, "Code", "Shop", 1)
-        await mitto.requests_reached(4)
+        await mitto.requests_reached(3)
         single = next(iter(mitto.ledger.messages()))
         assert (single.destination, single.text) == (306911111111, "Code")
-        assert mitto.ledger.in_flight == 3
+        assert mitto.ledger.in_flight == 2
         await at_work.until_done()
 
 
