@@ -403,7 +403,9 @@ async def test_early_receipts_that_came_and_went_cost_the_next_ones_nothing(
             for k in range(20):
                 ids = [f"{k} {i}" for i in range(50)]
                 await queue.apply_receipts(db, [receipt(one, DELIVERED) for one in ids])
-                await db.execute("insert into provider_message select unnest($1::text[]), 1, 1, 1", ids)
+                await db.execute(
+                    "insert into provider_message select unnest($1::text[]), 1, 1, 1", ids
+                )
                 await queue.rejoin_receipts(db, ids)
             assert await db.fetchval("select count(*) from early_receipt") == 0
             async with db.transaction():

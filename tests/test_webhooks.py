@@ -88,6 +88,22 @@ async def test_the_application_s_own_route_answers_as_the_door_before_it(
         assert reply.headers["Server"] == "smsd"
 
 
+@pytest.mark.parametrize("last", [b"1\r\nConnection: close", b"0\r\nX: y"])
+async def test_a_connection_is_kept_or_closed_as_its_caller_wants(api: Api, last: bytes) -> None:
+    request = b"POST " + DLR.encode() + b" HTTP/1.%s\r\nHost: here\r\nContent-Length: 2\r\n\r\n[]"
+    reader, writer = await asyncio.open_connection(api.client.host, api.client.port)
+    writer.write(request % b"1" + request % b"1" + request % last)
+    async with asyncio.timeout(10):
+        said = (await reader.read()).split(b"HTTP/1.")[1:]  # until it is closed
+    writer.close()
+    assert [one[:15] for one in said] == [b"1 202 Accepted\r"] * 2 + [last[:1] + b" 202 Accepted\r"]
+    assert [b"Connection: close" in one for one in said] == [False, False, b"close" in last]
+    for one in said:
+        head, _, body = one.partition(b"\r\n\r\n")
+        assert b"Content-Length: %d\r\n" % len(body) in head
+        assert orjson.loads(body) == {"ok": True, "received": 0, "updated": 0}
+
+
 async def test_an_empty_array_is_taken(api: Api) -> None:
     assert (await receive(api, []))[:2] == answered(0, 0)
 

@@ -23,6 +23,7 @@ import asyncpg
 import orjson
 import structlog
 from aiohttp import web
+from aiohttp.helpers import rfc822_formatted_time
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.alias_generators import to_camel
 from pydantic_core import InitErrorDetails, PydanticCustomError
@@ -509,14 +510,39 @@ async def frame(
     return response
 
 
+class _Written(web.StreamResponse):
+    """JSON for a connection that stays open, as the bytes that leave: aiohttp's own way to the same takes six times as
+    long, a fifth of all that answering a receipt takes."""
+
+    def __init__(self, request: web.Request, status: int, body: bytes) -> None:
+        super().__init__(status=status)
+        self._keep_alive = True
+        self._bytes = (
+            f"HTTP/1.1 {status} {self.reason}\r\nContent-Type: {_JSON['Content-Type']}\r\n"
+            f"Content-Length: {len(body)}\r\nX-Request-Id: {request[_REQUEST_ID]}\r\nServer: smsd\r\n"
+            f"Date: {rfc822_formatted_time()}\r\n\r\n"
+        ).encode() + body
+
+    async def prepare(self, request: web.BaseRequest) -> None:
+        if request.transport is not None:  # else the caller is gone
+            request.transport.write(self._bytes)
+            await request.writer.drain()  # who does not read is not answered without end
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        """All is written already."""
+
+
 def door(
     ctx: Context,
     endpoint: Endpoint,
     otherwise: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]],
 ) -> Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]:
     """What a server asks instead of the application (`otherwise`): requests of this one endpoint, which come by the
-    thousand, are answered as `frame` and `serve` would, before aiohttp has looked for a route."""
-    handler = serve(ctx, endpoint)
+    thousand, are answered as `frame` and `serve` would, before aiohttp has looked for a route. For an endpoint that is
+    public and reads its body itself."""
+    assert endpoint.auth == "public"
+    assert endpoint.raw_body
+    ctx = replace(ctx, pool=cast("Pool", PatientPool(ctx.pool)))
 
     async def answer(raw: web.BaseRequest) -> web.StreamResponse:
         hot = raw.raw_path == endpoint.path and raw.method == endpoint.method
@@ -526,7 +552,11 @@ def door(
         started = time.perf_counter()
         _name(request)
         try:
-            response = await handler(request)
+            found = await endpoint.handler(Request(ctx, ctx.pool, request, endpoint))
+            if raw.keep_alive and raw.version == aiohttp.HttpVersion11 and isinstance(found, dict):
+                _tell(request, endpoint.path, endpoint.status, started)
+                return _Written(request, endpoint.status, orjson.dumps(found))
+            response = _respond(endpoint, found)
         except Exception as error:
             structlog.contextvars.bind_contextvars(request_id=request[_REQUEST_ID])
             response = _refusal(request, error)

@@ -92,7 +92,10 @@ async def server(tmp_path: Path) -> AsyncIterator[embedded.Postgres]:
 async def test_postgres_crashes_and_stays_away(server: embedded.Postgres, tmp_path: Path) -> None:
     names = ("postgres.crash", "postgres.away", "receipts.dlr_doubled")
     await sound(
-        scenario(*names, away_seconds=1.0, most_strikes=2, tenants=LONG), server.dsn, tmp_path, server
+        scenario(*names, away_seconds=1.0, most_strikes=2, tenants=LONG),
+        server.dsn,
+        tmp_path,
+        server,
     )
 
 
