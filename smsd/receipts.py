@@ -8,6 +8,7 @@ What is kept raw can be read again later (`replay`); whose message does not beco
 
 import asyncio
 import json
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -28,8 +29,10 @@ SWEPT_MOST = 5_000
 REPLAYED_AT_ONCE = 1_000
 WRITERS = 2
 """Groups written at once: while one waits for its commit, the next is on its way."""
-GATHER_SECONDS = 0.001
-"""What the second of them waits for others to come along, or it would commit them one by one."""
+SHARE_LEAST = 32
+"""Fewer are not divided among the writers: a commit takes about as long as so many receipts do."""
+GATHERED = 500
+"""So many are worth a commit: no more are waited for."""
 
 NO_MESSAGE = "no message has this id"
 _CANNOT_BE_STORED = "cannot be stored"
@@ -92,8 +95,7 @@ class Inbox:
     async def _write_groups(self) -> None:
         while True:
             await self._news.wait()
-            if self._writing and self._waiting:
-                await asyncio.sleep(GATHER_SECONDS)
+            await self._gather()
             if not self._waiting:
                 self._news.clear()
                 continue
@@ -117,9 +119,23 @@ class Inbox:
                         break  # those behind it came later
                     _refuse([one], TimeoutError())
 
+    async def _gather(self) -> None:
+        """Waits until a round of the loop brings nobody, or enough are here: else those who come one after the other
+        would be committed one by one."""
+        before = 0
+        while before < self._count < GATHERED:
+            before = self._count
+            await asyncio.sleep(0)
+
+    def _in_writing(self) -> int:
+        return sum(len(one) for group in self._writing for one in group)
+
     def _take(self) -> list[_Put]:
+        """A writer's even share: where one takes nearly all, nobody reads and answers while it is written."""
         group, size = list[_Put](), 0
-        while self._waiting and size < GROUP:
+        share = math.ceil((self._count + self._in_writing()) / WRITERS)
+        share = min(max(share, SHARE_LEAST), GROUP)
+        while self._waiting and size < share:
             group.append(self._waiting.popleft())
             size += len(group[-1])
         self._count -= size

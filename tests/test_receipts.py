@@ -659,6 +659,32 @@ async def test_what_gathers_while_a_group_is_written_is_written_as_the_next(
     assert after - before <= 4, "299 receipts took a transaction or two, not one each"
 
 
+@pytest.mark.parametrize(
+    ("n", "rounds", "groups"), [(20, 0, [20]), (20, 20, [20]), (100, 0, [50, 50])]
+)
+async def test_receipts_are_written_together_and_many_are_divided_among_the_writers(
+    pool: database.Pool, monkeypatch: pytest.MonkeyPatch, n: int, rounds: int, groups: list[int]
+) -> None:
+    """rounds: of the loop, in each of which one comes; 0: all at once."""
+    written, apply = list[int](), queue.apply_receipts
+
+    async def noted(db: Any, rows: Any, raw: Any) -> Any:
+        written.append(len(rows))
+        return await apply(db, rows, raw)
+
+    monkeypatch.setattr(queue, "apply_receipts", noted)
+    inbox, waiting = Inbox(pool), list[asyncio.Task[int]]()
+    async with asyncio.timeout(10), asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(inbox.run())
+        for i in range(n):
+            waiting.append(tasks.create_task(inbox.put([receipt(f"{i}", DELIVERED)])))
+            if i < rounds:
+                await asyncio.sleep(0)
+        await asyncio.gather(*waiting)
+        running.cancel()
+    assert written == groups
+
+
 async def test_when_postgres_goes_away_everybody_hears_of_it_and_nothing_is_lost_once_repeated(
     pool: database.Pool, shop: Shop, inbox: Inbox, connection: database.Connection
 ) -> None:
