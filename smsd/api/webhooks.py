@@ -71,27 +71,22 @@ def _as_it_came(element: object, body: bytes) -> str:
 
 async def _caller(req: Request) -> int | None:
     """The account whose secret was shown; None where the secret is everybody's, or none is set. 401 otherwise."""
-    secrets = await _secrets(req)
-    if not secrets:
+    known = req.ctx.webhook_secrets
+    if time.monotonic() - known.read_at >= SECRETS_SECONDS:
+        async with known.reading:  # once for all that come meanwhile
+            if time.monotonic() - known.read_at >= SECRETS_SECONDS:
+                await _read_secrets(req)
+    if not known.accounts:
         return None
     shown = req.raw.headers.get(WEBHOOK_SECRET_HEADER, "").encode(errors="replace")
     try:
-        return secrets[hashlib.sha256(shown).digest()]
+        return known.accounts[hashlib.sha256(shown).digest()]
     except KeyError:
         raise ApiError(
             401,
             "UNAUTHORIZED",
             f"takes the registered secret in the header {WEBHOOK_SECRET_HEADER}",
         ) from None
-
-
-async def _secrets(req: Request) -> dict[bytes, int | None]:
-    known = req.ctx.webhook_secrets
-    if time.monotonic() - known.read_at >= SECRETS_SECONDS:
-        async with known.reading:  # once for all that come meanwhile
-            if time.monotonic() - known.read_at >= SECRETS_SECONDS:
-                await _read_secrets(req)
-    return known.accounts
 
 
 async def _read_secrets(req: Request) -> None:
