@@ -357,12 +357,12 @@ async def test_two_replicas_do_not_ask_the_same(
     await shop.sending(30, batch_size=30)
     async with (
         # Also how long the others leave to whoever asks: longer than a round takes on a busy machine.
-        working(pool, shop.replica_id, provider.url, patience_seconds=1.0) as one,
-        working(pool, 0, provider.url, patience_seconds=1.0) as other,
+        working(pool, shop.replica_id, provider.url, patience_seconds=3.0) as one,
+        working(pool, 0, provider.url, patience_seconds=3.0) as other,
     ):
         await one.until_done()
         await receive(pool, ids_of(provider))
-        await asyncio.sleep(1.02)  # they are as old as that
+        await asyncio.sleep(3.02)  # they are as old as that
         await asyncio.gather(one.resolver.round(), other.resolver.round())
     await agree(pool, provider)
     assert [one.kind for one in provider.ledger.requests].count("get") == 30
