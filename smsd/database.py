@@ -51,8 +51,6 @@ UNUSABLE_DSN = asyncpg.exceptions.ClientConfigurationError
 """What the URL asks for does not exist; waiting does not help. Also one of AWAY, so to be caught before."""
 UNDEFINED_FUNCTION = asyncpg.UndefinedFunctionError
 
-MOST_QUERIES = 50_000
-"""So many of a connection, then another is opened: a session of Postgres grows with what it has seen."""
 _MIGRATION_LOCK = 7276300
 _SERVER_SETTINGS = {
     "application_name": "smsd",
@@ -184,24 +182,6 @@ async def _keep_as_is(_connection: Any) -> None:
     """Nothing here sets session state, so a connection is fit for the next user without four statements."""
 
 
-class _Pool(asyncpg.Pool):
-    async def release(self, connection: Any, *, timeout: float | None = None) -> None:
-        """As asyncpg's, but what is in order goes back at once. asyncpg's way is a task of its own, so that nobody who is
-        cancelled keeps the connection; whoever used it waits two rounds of the loop for that, a millisecond each where
-        the daemon is busy."""
-        inner = connection._con
-        if (
-            inner is None
-            or inner.is_closed()
-            or inner._protocol._is_cancelling()
-            or inner._protocol.queries_count >= MOST_QUERIES
-        ):
-            await super().release(connection, timeout=timeout)
-            return
-        inner._on_release()
-        await connection._holder.release(timeout)  # suspends nowhere, so nothing is cancelled in it
-
-
 async def open_pool(
     dsn: str, size: int, greet: Callable[[Connection], Awaitable[None]] | None = None
 ) -> Pool:
@@ -213,13 +193,10 @@ async def open_pool(
         if greet is not None:
             await greet(connection)
 
-    return await _Pool(
+    return await asyncpg.create_pool(
         dsn,
         min_size=0,
         max_size=size,
-        max_queries=MOST_QUERIES,
-        loop=asyncio.get_running_loop(),
-        record_class=Record,
         connect=_Dial(dsn),
         connection_class=_Connection,
         init=init,

@@ -3,7 +3,6 @@
 import asyncio
 import re
 import socket
-from collections.abc import AsyncIterator
 from pathlib import Path
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
@@ -123,56 +122,6 @@ async def test_json_goes_in_and_out_as_python(connection: Connection) -> None:
 
 
 # News
-
-
-@pytest.fixture
-async def one_connection(dsn: str) -> AsyncIterator[Pool]:
-    pool = await database.open_pool(dsn, 1)
-    yield pool
-    pool.terminate()
-
-
-async def test_a_connection_goes_back_without_a_round_of_the_loop(one_connection: Pool) -> None:
-    connection = await one_connection.acquire()
-    with pytest.raises(StopIteration):
-        one_connection.release(connection).send(None)
-    assert await one_connection.fetchval("select 1") == 1
-    await one_connection.release(connection)  # once more: nothing happens
-    assert one_connection.get_idle_size() == 1
-
-
-async def test_who_is_cancelled_in_a_query_gives_the_connection_back(one_connection: Pool) -> None:
-    async def sleep() -> None:
-        await one_connection.execute("select pg_sleep(60)")
-
-    for rounds in range(8):
-        sleeper = asyncio.create_task(sleep())
-        for _ in range(rounds):
-            await asyncio.sleep(0)
-        sleeper.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await sleeper
-        async with asyncio.timeout(10):
-            assert await one_connection.fetchval("select 1") == 1
-        assert one_connection.get_size() == 1
-
-
-async def test_a_connection_that_ended_is_replaced(one_connection: Pool) -> None:
-    with pytest.raises(database.AWAY):
-        await one_connection.execute("select pg_terminate_backend(pg_backend_pid())")
-    assert await one_connection.fetchval("select 1") == 1
-
-
-async def test_a_connection_of_many_queries_is_replaced(
-    one_connection: Pool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = await one_connection.fetchval("select pg_backend_pid()")
-    holder = one_connection._holders[0]  # type: ignore[attr-defined]
-    monkeypatch.setattr(database, "MOST_QUERIES", 3)
-    monkeypatch.setattr(holder, "_max_queries", 3)
-    pids = [await one_connection.fetchval("select pg_backend_pid()") for _ in range(5)]
-    assert pids[0] == first
-    assert pids[-1] != first
 
 
 async def test_news_is_heard_again_after_the_connection_was_lost(pool: Pool) -> None:
