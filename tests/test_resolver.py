@@ -363,9 +363,8 @@ async def test_two_replicas_do_not_ask_the_same(
         await one.until_done()
         await receive(pool, ids_of(provider))
         await asyncio.sleep(3.02)  # they are as old as that
-        async with asyncio.timeout(
-            20
-        ):  # what found no turn on a busy machine is asked a second later
+        # What found no turn on a busy machine is asked a second later.
+        async with asyncio.timeout(20):
             while await pool.fetchval("select exists (select from early_receipt)"):
                 await asyncio.gather(one.resolver.round(), other.resolver.round())
     await agree(pool, provider)
