@@ -5,10 +5,10 @@ commits only while its expansion still runs, is still owned by who read it, and 
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import asyncpg
 
@@ -18,7 +18,7 @@ from smsd.model import MessageState, Reason
 
 SQL = database.queries("expansions")
 
-_COPY_ROWS = 1_000  # asyncpg encodes a whole call before it yields to the event loop
+_ROWS_BETWEEN_YIELDS = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,14 +178,21 @@ async def _copy_messages(
         (campaign_id, message_id, one.phone, 0, int(MessageState.SKIPPED), none, str(one.reason), one.detail, now)
         for message_id, one in enumerate(skipped, first_id + len(rendered))
     ]  # fmt: skip
-    for start in range(0, len(rows), _COPY_ROWS):
-        await connection.copy_records_to_table(
-            "message",
-            records=rows[start : start + _COPY_ROWS],
-            columns=["campaign_id", "id", "phone", "segments", "state", "text", "reason", "detail", "finished_at"],
-        )  # fmt: skip
-        await asyncio.sleep(0)
+    # One COPY: Postgres sets up room for a thousand rows in each. asyncpg encodes what it gets in one go, unless what
+    # gives it the rows lets others run.
+    await connection.copy_records_to_table(
+        "message",
+        records=_with_pauses(rows),
+        columns=["campaign_id", "id", "phone", "segments", "state", "text", "reason", "detail", "finished_at"],
+    )  # fmt: skip
     return first_id
+
+
+async def _with_pauses(rows: Sequence[tuple[Any, ...]]) -> AsyncIterator[tuple[Any, ...]]:
+    for start in range(0, len(rows), _ROWS_BETWEEN_YIELDS):
+        for row in rows[start : start + _ROWS_BETWEEN_YIELDS]:
+            yield row
+        await asyncio.sleep(0)
 
 
 async def _add_batches(
