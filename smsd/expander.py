@@ -48,7 +48,7 @@ class Renderer:
         self._keys, self._base = keys, link_base
         self._tenant_id, self._campaign_id, self._link_url = tenant_id, campaign_id, link_url
         tags = set(template.tags)
-        self._wants_unsubscribe = _UNSUBSCRIBE in tags
+        self._wants_unsubscribe, self._wants_phone = _UNSUBSCRIBE in tags, _PHONE in tags
         self._columns = [(key, column) for key, column in contacts.COLUMNS.items() if key in tags]
         self._of_attributes = tags - _OWN
 
@@ -86,7 +86,8 @@ class Renderer:
         for key, column in self._columns:
             if (value := recipient.get(column)) is not None:
                 values[key] = str(value)
-        values[_PHONE] = text.plus(phone)
+        if self._wants_phone:
+            values[_PHONE] = text.plus(phone)
         if self._wants_unsubscribe:
             token = text.sign_unsubscribe(self._keys[0], self._tenant_id, self._campaign_id, phone)
             values[_UNSUBSCRIBE] = f"{self._base}/u/{token}"

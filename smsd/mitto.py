@@ -57,8 +57,7 @@ class Account:
     server_error_means: str  # "refused" | "unknown": what a 500 with Mitto's own error body is
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
+class Item(NamedTuple):
     """One message to post; `phone` is the E.164 number's digits."""
 
     message_id: int
@@ -798,13 +797,9 @@ def _receipt(element: object) -> Receipt | str:
     if provider_id is None:
         return f"no messageId or id of 1 to {ID_CHARACTERS_MAX} characters"
     word = _string(_first(fields, _WORD_NAMES), WORD_CHARACTERS) or ""
-    return Receipt(
-        provider_id=provider_id,
-        state=state_of(word),
-        word=word,
-        at=_moment(_first(fields, _TIME_NAMES)),
-        description=_string(_first(fields, _REASON_NAMES), ITEM_DETAIL_CHARACTERS),
-    )
+    at = _moment(_first(fields, _TIME_NAMES))
+    description = _string(_first(fields, _REASON_NAMES), ITEM_DETAIL_CHARACTERS)
+    return Receipt(provider_id, state_of(word), word, at, description)
 
 
 def _scalar_id(value: object) -> str | None:

@@ -7,6 +7,7 @@ has a short road for the usual case and a longer one for the rest.
 import base64
 import re
 import unicodedata
+from binascii import b2a_base64
 from collections.abc import Container, Iterator, Mapping, Sequence
 from functools import lru_cache
 from hashlib import blake2b
@@ -306,6 +307,7 @@ def _parse(spelled: str, country: str | None) -> PhoneNumber | None:
 _MAC_BYTES = 7
 _MASK_BYTES = 32  # above the longest payload: two 64-bit varints and a phone
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{14,48}")
+_URL_SAFE = bytes.maketrans(b"+/", b"-_")
 _PAYLOAD = re.compile(rb"([\x80-\xff]*[\x00-\x7f])([\x80-\xff]*[\x00-\x7f])(.+)", re.DOTALL)
 
 
@@ -319,20 +321,30 @@ def _keyed(key: bytes) -> tuple[blake2b, blake2b]:
     )
 
 
+@lru_cache(maxsize=64)  # a campaign's numbers come one after the other
+def _begun(key: bytes, tenant_id: int, campaign_id: int) -> tuple[bytes, blake2b]:
+    """The payload's begin, and the MAC's state after it."""
+    head = _varint(tenant_id) + _varint(campaign_id)
+    state = _keyed(key)[0].copy()
+    state.update(head)
+    return head, state
+
+
 def sign_unsubscribe(key: bytes, tenant_id: int, campaign_id: int, phone: int) -> str:
     """A token that names a recipient without showing the number: 20 characters for small ids.
 
     Ids are 0 to 2^63 - 1, phone is E.164 digits; all characters are basic GSM-7 and need no
     quoting in a URL. The same input gives the same token.
     """
-    payload = _varint(tenant_id) + _varint(campaign_id) + _phone_bytes(phone)
-    mac_state = _keyed(key)[0].copy()
-    mac_state.update(payload)
-    mac = mac_state.digest()
+    head, begun = _begun(key, tenant_id, campaign_id)
+    tail = phone.to_bytes((phone.bit_length() + 7) // 8, "big")
+    state = begun.copy()
+    state.update(tail)
     # The last bit is set for the sake of the last character, which then is never a "-":
     # some handsets leave a hyphen at the end out of the link.
-    mac = mac[:-1] + bytes((mac[-1] | 1,))
-    return base64.urlsafe_b64encode(_mask(key, mac, payload) + mac).rstrip(b"=").decode()
+    mac = (int.from_bytes(state.digest(), "big") | 1).to_bytes(_MAC_BYTES, "big")
+    token = b2a_base64(_mask(key, mac, head + tail) + mac, newline=False)
+    return token.translate(_URL_SAFE, b"=").decode()
 
 
 def read_unsubscribe(keys: Sequence[bytes], token: str) -> tuple[int, int, int] | None:
@@ -356,11 +368,6 @@ def _mask(key: bytes, mac: bytes, data: bytes) -> bytes:
     return (int.from_bytes(data, "big") ^ int.from_bytes(stream, "big")).to_bytes(len(data), "big")
 
 
-def _phone_bytes(phone: int) -> bytes:
-    return phone.to_bytes((phone.bit_length() + 7) // 8, "big")
-
-
-@lru_cache(maxsize=1024)  # tenant and campaign of one token after the other
 def _varint(value: int) -> bytes:
     """Seven bits a byte, lowest first; the top bit says that more follow."""
     if value < 0x80:

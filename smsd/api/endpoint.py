@@ -485,7 +485,8 @@ def _respond(endpoint: Endpoint, answer: Answer) -> web.StreamResponse:
     return _json(orjson.dumps(answer, option=orjson.OPT_UTC_Z), endpoint.status)
 
 
-_JSON = {"Content-Type": "application/json; charset=utf-8"}
+_CONTENT_TYPE = "application/json; charset=utf-8"
+_JSON = {"Content-Type": _CONTENT_TYPE}
 
 
 def _json(body: bytes, status: int, headers: Mapping[str, str] | None = None) -> web.Response:
@@ -503,9 +504,8 @@ async def frame(
 ) -> web.StreamResponse:
     """Around every request: its id, its errors, its line in the log."""
     started = time.perf_counter()
-    _name(request)
     # Not undone: the next request of this connection's task has its own.
-    structlog.contextvars.bind_contextvars(request_id=request[_REQUEST_ID])
+    structlog.contextvars.bind_contextvars(request_id=_name(request))
     try:
         response = await handler(request)
     except Exception as error:
@@ -519,14 +519,14 @@ class _Written(web.StreamResponse):
     """JSON for a connection that stays open, as the bytes that leave: aiohttp's own way to the same is a fifth of all
     that answering a receipt takes."""
 
-    def __init__(self, request: web.Request, status: int, body: bytes) -> None:
+    def __init__(self, request_id: str, status: int, body: bytes) -> None:
         super().__init__(status=status)
         self._keep_alive = True
         self._bytes = (
-            f"HTTP/1.1 {status} {self.reason}\r\nContent-Type: {_JSON['Content-Type']}\r\n"
-            f"Content-Length: {len(body)}\r\nX-Request-Id: {request[_REQUEST_ID]}\r\nServer: smsd\r\n"
-            f"Date: {rfc822_formatted_time()}\r\n\r\n"
-        ).encode() + body
+            f"HTTP/1.1 {status} {self._reason}\r\nContent-Type: {_CONTENT_TYPE}\r\n"
+            f"Content-Length: {len(body)}\r\nX-Request-Id: {request_id}\r\nServer: smsd\r\n"
+            f"Date: {rfc822_formatted_time()}\r\n\r\n{body.decode()}"
+        ).encode()
 
     async def prepare(self, request: web.BaseRequest) -> None:
         if request.transport is not None:  # else the caller is gone
@@ -555,15 +555,15 @@ def door(
             return await otherwise(raw)
         request = cast("web.Request", raw)  # the application makes them
         started = time.perf_counter()
-        _name(request)
+        request_id = _name(request)
         try:
             found = await endpoint.handler(Request(ctx, ctx.pool, request, endpoint))
             if raw.keep_alive and raw.version == aiohttp.HttpVersion11 and isinstance(found, dict):
                 _tell(request, endpoint.path, endpoint.status, started)
-                return _Written(request, endpoint.status, orjson.dumps(found))
+                return _Written(request_id, endpoint.status, orjson.dumps(found))
             response = _respond(endpoint, found)
         except Exception as error:
-            structlog.contextvars.bind_contextvars(request_id=request[_REQUEST_ID])
+            structlog.contextvars.bind_contextvars(request_id=request_id)
             response = _refusal(request, error)
         _tell(request, endpoint.path, response.status, started)
         await add_headers(request, response)  # no signal is sent where no route was looked for
@@ -572,10 +572,13 @@ def door(
     return answer
 
 
-def _name(request: web.Request) -> None:
+def _name(request: web.Request) -> str:
+    """The request's id: what the caller gave, or one of ours."""
     given = request.headers.get("X-Request-Id")
     request_id = _REQUEST_ID_CHARACTERS.sub("", given)[:128] if given else ""
-    request[_REQUEST_ID] = request_id or f"{_PROCESS}{next(_NUMBERS):08x}"
+    request_id = request_id or f"{_PROCESS}{next(_NUMBERS):08x}"
+    request[_REQUEST_ID] = request_id
+    return request_id
 
 
 def _tell(request: web.Request, route: str | None, status: int, started: float) -> None:
