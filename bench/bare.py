@@ -78,6 +78,7 @@ class Work:
         self, pool: "asyncpg.Pool[asyncpg.Record]", dsn: str, mitto_url: str, n: int
     ) -> None:
         self.pool, self.dsn, self.n = pool, dsn, n
+        self.settle = SETTLE
         self._url = mitto_url + BULK_PATH
         self._http = aiohttp.ClientSession(
             headers={API_KEY_HEADER: MITTO_KEY, "Content-Type": "application/json"}
@@ -110,7 +111,7 @@ class Work:
         """Posts a batch, id, phone and text each, and records the results."""
         answer = orjson.loads(await self.post(body_of(rows)))
         provider_ids = [one["messageId"] for one in answer["messages"]]
-        await self.pool.execute(SETTLE, [row[0] for row in rows], provider_ids)
+        await self.pool.execute(self.settle, [row[0] for row in rows], provider_ids)
         self._left -= len(provider_ids)
         if not self._left:
             self._done.set()

@@ -1,8 +1,9 @@
 """General job queues on Postgres that do the same job: one of theirs for a batch of 500, as their documentation shows.
 
 What is not theirs is as fast as we can make it: contacts are read from Postgres without those who opted out, texts made
-with a signed link, rows copied in, and POST and results are the bare pipeline's (bench/bare.py). Theirs are the jobs:
-many put in by one call, fetched, run with several at once, marked as done. Logging is at warnings.
+with a signed link, rows copied in, and POST and results are the bare pipeline's (bench/bare.py). Unlike its rows, theirs
+do the job: a number is there once, and a receipt finds its message by Mitto's id, which is written as smsd writes it.
+Theirs are the jobs: many put in by one call, fetched, run with several at once, marked as done. Logging is at warnings.
 
 `python -m bench.peers NAME DSN MITTO_URL N`, as bench/bare.py.
 """
@@ -16,6 +17,7 @@ from typing import Any
 import orjson
 import uvloop
 
+from bench import bare
 from bench.bare import CHUNK, CONNECTIONS, IN_FLIGHT, Begin, Work, conduct, text_of
 from bench.common import FIRST_PHONE
 from smsd.text import sign_unsubscribe
@@ -23,7 +25,14 @@ from smsd.text import sign_unsubscribe
 SCHEMA = """
 create table contact (id bigint primary key, phone bigint not null, first_name text);
 create table opt_out (phone bigint primary key);
+create unique index message_phone on message (phone);
+create table provider_message (provider_id text collate "C" primary key, message_id bigint not null);
 """
+SETTLE = f"""
+with ids as (
+  insert into provider_message (provider_id, message_id)
+  select u.provider_id, u.id from unnest($1::bigint[], $2::text[]) as u(id, provider_id) order by u.provider_id)
+{bare.SETTLE}"""
 FILL = "insert into contact select g, $1 + g, 'Name' || g from generate_series(1, $2::bigint) g"
 PAGE = """
 select id, phone, first_name from contact c
@@ -33,8 +42,9 @@ _tasks: list[asyncio.Task[Any]] = []
 
 
 async def add_contacts(work: Work) -> None:
-    """Those to send to; they are there before the clock runs."""
+    """Those to send to, there before the clock runs; and what messages need that are to be found again."""
     await work.pool.execute(SCHEMA)
+    work.settle = SETTLE
     await work.pool.execute(FILL, FIRST_PHONE, work.n)
     await work.pool.execute("vacuum (analyze) contact")
 

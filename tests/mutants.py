@@ -7,6 +7,7 @@ passes is a hole: exit 1. Of a SQL function only the newest definition counts.
 import asyncio
 import datetime
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,7 @@ INVARIANTS = (
     "once", "nothing lost", "totals are true", "money adds up", "limits hold", "nobody starves",
     "receipts are kept", "tenants are walls",
 )  # fmt: skip
+_DEFINED = re.compile(r"^create (?:or replace )?function (\w+)", re.MULTILINE)
 
 
 class Mutant(NamedTuple):
@@ -53,13 +55,23 @@ def copy_checkout(folder: Path) -> Path:
     return folder
 
 
-def apply(mutant: Mutant, folder: Path) -> None:
-    """Takes the guard out; ValueError unless it stands there exactly once."""
+def look_up(mutant: Mutant, folder: Path) -> str:
+    """The text of the guard's file; ValueError unless the guard stands there exactly once, and counts."""
     path = folder / mutant.path
     text = path.read_text()
     if (found := text.count(mutant.old)) != 1:
         raise ValueError(f"{mutant.path} has {mutant.old!r} {found} times, not once")
-    path.write_text(text.replace(mutant.old, mutant.new))
+    before = [one for one in _DEFINED.finditer(text) if one.start() <= text.index(mutant.old)]
+    if path.suffix == ".sql" and before:
+        for later in sorted(path.parent.glob("*.sql")):
+            if later > path and before[-1][1] in _DEFINED.findall(later.read_text()):
+                raise ValueError(f"{before[-1][1]} of {mutant.path} is another in {later.name}")
+    return text
+
+
+def apply(mutant: Mutant, folder: Path) -> None:
+    """Takes the guard out; ValueError where `look_up` does not find it."""
+    (folder / mutant.path).write_text(look_up(mutant, folder).replace(mutant.old, mutant.new))
 
 
 def run(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
