@@ -582,7 +582,7 @@ async def test_what_fits_at_a_slot_is_what_every_window_that_it_is_in_has_room_f
     given: list[tuple[int, int]] = []
     await pool.execute("insert into rate (scope, id, closed_until) values (1, 7, 0)")
     for _ in range(60):
-        slot_us = now_us + 10_000 * dice.randint(0, 200)  # of its own entry: those of 8 ms share one
+        slot_us = now_us + 10_000 * dice.randint(0, 200)  # those of 8 ms share an entry
         cost = dice.randint(1, 3)
         fits = await pool.fetchval(
             "select rate_fits_at(rate_hold(1, 7), $1, $2, $3)", slot_us, cost, limit
