@@ -930,6 +930,27 @@ async def test_each_item_gets_the_state_that_its_answer_says(shop: Shop) -> None
     )
 
 
+@pytest.mark.parametrize("analysed", [False, True])
+async def test_an_answer_finds_its_messages_by_one_walk_along_its_batch(
+    shop: Shop, analysed: bool
+) -> None:
+    """However little the planner knows of the table."""
+    if analysed:
+        await shop.sending(3_000, batch_size=500)
+        await shop.pool.execute("analyze message")
+    await shop.sending(500, batch_size=500)
+    scans = (
+        "select sum(pg_stat_get_xact_numscans(indexrelid))::int from pg_index"
+        " where indrelid = 'message'::regclass"
+    )
+    ((grant, intent),) = await shop.post()
+    async with shop.pool.acquire() as db, db.transaction():
+        before = await db.fetchval(scans)
+        answer = queue.Answer.of(items(intent.ids, ACCEPTED), None, 200)
+        assert await queue.settle_items(db, grant.batch_id, intent.attempt, answer)
+        assert await db.fetchval(scans) - before == 1
+
+
 async def test_an_id_that_is_already_ours_makes_its_message_unknown_and_no_other(
     shop: Shop,
 ) -> None:
