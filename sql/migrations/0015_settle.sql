@@ -1,13 +1,14 @@
 -- oldest code: 3
--- An answer's ids are written in their order, and its messages found by one walk along their range.
+-- An answer's ids are written in their order, and its messages found by one walk along their range, whatever the planner
+-- knows.
 
 -- A result makes a row longer by its id and its time, so that a little less than half a page must be taken: at 50 every
 -- sixth message of a usual length found no room beside itself, wrote both indexes, and the table was a tenth larger.
 alter table message set (fillfactor = 45);
 
 -- What the answer says of each message of a batch's range that does not speak for itself yet; counts, and credits.
--- Pinned, as the plan may be made while the table is empty: the range is walked once and the answer looked up for each
--- row. Looking up each row for the answer took twice as long, and with an unlucky plan ten times.
+-- Pinned, as the plan may be made before the table was ever analysed: then each message was looked up for itself, and
+-- a connection keeps its plan.
 create function write_results(p_campaign bigint, p_first bigint, p_last bigint, p_ids bigint[], p_states smallint[],
                               p_provider_ids text[], p_details text[], p_at timestamptz,
                               out accepted bigint, out refused bigint, out unknown_ bigint,
