@@ -573,27 +573,46 @@ async def test_what_missed_its_slot_leaves_as_soon_as_it_can_and_not_behind_all_
     assert largest_window([(one["slot"], 1) for one in slots], WINDOW_US) == 50
 
 
-@pytest.mark.parametrize("seed", range(20))
+async def fits(pool: database.Pool, slot_us: int, cost: int, limit: int) -> bool:
+    """Whether so much more does at this slot; then it stands in the log."""
+    fits = "select rate_fits_at(rate_hold(1, 7), $1, $2, $3)"
+    if not await pool.fetchval(fits, slot_us, cost, limit):
+        return False
+    await pool.execute("select rate_keep(rate_take(rate_hold(1, 7), $1, $2))", slot_us, cost)
+    return True
+
+
+@pytest.mark.parametrize("seed", range(10))
 async def test_what_fits_at_a_slot_is_what_every_window_that_it_is_in_has_room_for(
     pool: database.Pool, seed: int
 ) -> None:
     dice = random.Random(seed)
-    now_us, limit = 10 * SECOND_US, dice.choice([3, 10, 40])
+    limit = dice.choice([3, 10, 40])
     given: list[tuple[int, int]] = []
     await pool.execute("insert into rate (scope, id, closed_until) values (1, 7, 0)")
     for _ in range(60):
-        slot_us = now_us + 10_000 * dice.randint(0, 200)  # those of 8 ms share an entry
-        cost = dice.randint(1, 3)
-        fits = await pool.fetchval(
-            "select rate_fits_at(rate_hold(1, 7), $1, $2, $3)", slot_us, cost, limit
-        )
-        assert fits == (largest_window([*given, (slot_us, cost)], WINDOW_US) <= limit)
-        if fits:
-            given.append((slot_us, cost))
-            await pool.execute(
-                "select rate_keep(rate_take(rate_hold(1, 7), $1, $2))", slot_us, cost
-            )
-    assert given
+        one = 10_000 * dice.randint(1_000, 1_200), 1  # those of 8 ms share an entry
+        if one in given:
+            continue
+        has_room = largest_window([*given, one], WINDOW_US) <= limit
+        assert await fits(pool, *one, limit) == has_room
+        given += [one] if has_room else []
+
+
+async def test_what_is_said_to_fit_fits_wherever_the_others_are(pool: database.Pool) -> None:
+    """Also where several share an entry of the log."""
+    for seed in range(40):
+        dice = random.Random(seed)
+        limit, given = dice.choice([5, 30, 120]), list[tuple[int, int]]()
+        await pool.execute("delete from rate")
+        await pool.execute("insert into rate (scope, id, closed_until) values (1, 7, 0)")
+        spread = dice.choice([40_000, 1_200_000])
+        for _ in range(40):
+            base = dice.choice([10 * SECOND_US, 10 * SECOND_US + WINDOW_US - spread // 2])
+            one = base + dice.randint(0, spread), dice.randint(1, 3)
+            if await fits(pool, *one, limit):
+                given.append(one)
+                assert largest_window(given, WINDOW_US) <= limit, seed
 
 
 @pytest.mark.parametrize(

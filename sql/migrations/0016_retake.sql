@@ -2,19 +2,28 @@
 -- Who missed its slot leaves as soon as it can, where every limit has room.
 
 -- Whether so much more fits at this slot, whatever was given after it: no window that the slot is in holds more than
--- the limit then. Those that end at the slot and at each later one are the fullest.
+-- the limit then. Those that end at the slot and at each later one are the fullest. Where grants share an entry some
+-- left up to 8 ms before its time, so that its window may have begun as much earlier.
 create function rate_fits_at(r rate, p_slot bigint, p_cost int, p_limit int) returns boolean
 language plpgsql immutable as $$
-declare ends bigint; gone int; k int := width_bucket(p_slot, r.ts);
+declare
+  n int := coalesce(array_length(r.ts, 1), 0); k int := width_bucket(p_slot, r.ts);
+  ends bigint; gone int; shared boolean := false;
 begin
-  for j in k .. coalesce(array_length(r.ts, 1), 0) loop
-    ends := case when j = k then p_slot else r.ts[j] end;
-    exit when ends >= p_slot + window_us();
+  if k < n and r.ts[k + 1] / 8000 = p_slot / 8000 then  -- as rate_take will have it
+    k := k + 1; shared := true;
+  end if;
+  for j in k .. n loop
+    ends := greatest(p_slot, r.ts[j]);
+    shared := shared or j > k and r.cum[j] - (case when j > 1 then r.cum[j - 1] else r.base end) > 1;
+    ends := ends - case when shared then 8000 else 0 end;
+    continue when ends >= p_slot + window_us();
     gone := width_bucket(ends - window_us(), r.ts);
     if (case when j > 0 then r.cum[j] else r.base end) - (case when gone > 0 then r.cum[gone] else r.base end) + p_cost
        > p_limit then
       return false;
     end if;
+    shared := false;
   end loop;
   return true;
 end $$;
