@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from datetime import datetime
 from email.utils import parsedate_to_datetime
+from random import Random
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -28,7 +29,7 @@ from smsd.simulator import Duplicate, Fault, Ledger, Report, Request, Simulator,
 from smsd.simulator.ledger import Draft, largest_window, parse_ulid, ulid, ulids
 from smsd.simulator.receipts import POSTS_AT_ONCE
 from smsd.simulator.server import REDIRECTED_PATH, WEBHOOKS_PATH
-from smsd.simulator.wire import Refusal, read_draft, read_items
+from smsd.simulator.wire import Refusal, bend, read_draft, read_items
 
 ULID = re.compile(r"[0-7][0-9A-HJKMNP-TV-Z]{25}")
 KEY = {API_KEY_HEADER: "any"}
@@ -1379,3 +1380,13 @@ async def test_it_stops_when_cancelled(capsys: pytest.CaptureFixture[str]) -> No
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running
+
+
+def test_an_id_that_is_repeated_says_of_nothing_accepted_that_it_was_refused() -> None:
+    refused: dict[str, Any] = {"error": "refused"}
+    one, two = {"messageId": "1"}, {"messageId": "2"}
+    dice = Random(1)
+    assert bend([refused, one, two], Fault.REPEATED_ID_ANSWER, "3", dice) == [refused, one, one]
+    assert bend([refused, one], Fault.REPEATED_ID_ANSWER, "3", dice) == [refused, one]
+    assert bend([one, refused], Fault.REPEATED_ID_ANSWER, "3", dice) == [one, one]
+    assert bend([refused, refused], Fault.REPEATED_ID_ANSWER, "3", dice) == [refused, refused]

@@ -157,7 +157,9 @@ def bend(
             turn = random.randrange(1, len(elements))
             return elements[turn:] + elements[:turn]
         case Fault.REPEATED_ID_ANSWER:
-            return [*elements[:-1], elements[0]]
+            # Not an error in its place: that would say of what was accepted that it was refused.
+            with_id = next((one for one in elements if "messageId" in one), elements[-1])
+            return [*elements[:-1], with_id]
     return elements
 
 
