@@ -506,8 +506,8 @@ async def apply_receipts(
 
 
 def _joined_times(ats: Sequence[datetime | None]) -> str:
-    """Times as one text with commas, nothing for None: JSON without its marks, a tenth of the time that `isoformat`
-    takes."""
+    """Times as one text with commas, nothing for None: JSON without its marks, which is made faster than
+    `isoformat` makes each."""
     return orjson.dumps(ats)[1:-1].replace(b'"', b"").replace(b"null", b"").decode()
 
 

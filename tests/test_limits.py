@@ -575,8 +575,8 @@ async def test_what_missed_its_slot_leaves_as_soon_as_it_can_and_not_behind_all_
 
 async def fits(pool: database.Pool, slot_us: int, cost: int, limit: int) -> bool:
     """Whether so much more does at this slot; then it stands in the log."""
-    fits = "select rate_fits_at(rate_hold(1, 7), $1, $2, $3)"
-    if not await pool.fetchval(fits, slot_us, cost, limit):
+    look = "select rate_fits_at(rate_hold(1, 7), $1, $2, $3)"
+    if not await pool.fetchval(look, slot_us, cost, limit):
         return False
     await pool.execute("select rate_keep(rate_take(rate_hold(1, 7), $1, $2))", slot_us, cost)
     return True
