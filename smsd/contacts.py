@@ -398,7 +398,7 @@ async def audience_page(
     limit: int,
 ) -> list[Record]:
     """The next contacts of the audience with after_id < id ≤ highest_id, by id: id, phone, the columns of a contact,
-    attributes, opted_out. The opted-out are there, marked; fewer than `limit` are the last."""
+    attributes (JSON), opted_out. The opted-out are there, marked; fewer than `limit` are the last."""
     return await db.fetch(
         SQL["audience_page"], tenant_id, *audience.parameters(as_of), after_id, highest_id, limit
     )
@@ -442,6 +442,6 @@ async def recipient_count(db: Executor, campaign_id: int) -> int:
 
 
 async def recipient_page(db: Executor, campaign_id: int, after_id: int, limit: int) -> list[Record]:
-    """The next uploaded recipients by id: id, phone (None where unreadable), raw, attributes, opted_out; fewer than
+    """The next uploaded recipients by id: id, phone (None where unreadable), raw, attributes (JSON), opted_out; fewer than
     `limit` are the last."""
     return await db.fetch(SQL["recipient_page"], campaign_id, after_id, limit)

@@ -1,7 +1,7 @@
 """The daemon on one page: what starts, in which order, and how it stops.
 
 Start: embedded Postgres if there is no other → HTTP (an absent database shows in /readyz, not as a restart) → READY →
-schema → registration → loops. Stop, within `SMSD_SHUTDOWN_SECONDS`: nothing new is claimed, what Mitto has is waited
+schema → registration → rehearsal → loops. Stop, within `SMSD_SHUTDOWN_SECONDS`: nothing new is claimed, what Mitto has is waited
 for and written while receipts are still taken, HTTP closes, loops end, this replica says goodbye. Whatever stands in
 between when the process is killed instead is what the next one finds in the database.
 """
@@ -25,6 +25,7 @@ from smsd import (
     queue,
     receipts,
     recovery,
+    rehearsal,
     telemetry,
     tenants,
 )
@@ -111,6 +112,8 @@ async def serve(
 
         # Postgres may go away again between any two of its statements.
         if not await _before(stop, database.until_written(prepare)):
+            return
+        if not await _before(stop, rehearsal.rehearse(pool, settings.pool_size)):
             return
         for name, loop in {
             "heartbeat": housekeeping.beat(),

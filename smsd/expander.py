@@ -7,7 +7,9 @@ campaign of ten. Texts are rendered here, once; no transaction is open while the
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import cast
 
+import orjson
 import structlog
 
 from smsd import contacts, database, expansions, faults, metrics, mitto, queue, telemetry, text
@@ -50,7 +52,7 @@ class Renderer:
         tags = set(template.tags)
         self._wants_unsubscribe, self._wants_phone = _UNSUBSCRIBE in tags, _PHONE in tags
         self._columns = [(key, column) for key, column in contacts.COLUMNS.items() if key in tags]
-        self._of_attributes = tags - _OWN
+        self._of_contacts = tags - _OWN
 
     def render(self, recipient: Record | Mapping[str, object]) -> Rendered | Skipped:
         """The recipient's text, or why there is none. Takes a row of an audience or recipient page."""
@@ -74,24 +76,32 @@ class Renderer:
         return Rendered(phone, rendered, segments)
 
     def values(self, recipient: Record | Mapping[str, object], phone: int) -> dict[str, str | None]:
-        """What the template's merge tags stand for, by `text.tag_key`: attributes first, so that a column of the contact
-        wins. A tag that is not there has no value at all."""
+        """What the template's merge tags stand for, by `text.tag_key`; a column of the contact wins over an attribute. A
+        tag that is not there has no value at all."""
         values: dict[str, str | None] = {_LINK: self._link_url}
-        attributes = recipient["attributes"]
-        if attributes and self._of_attributes:
-            assert isinstance(attributes, dict)
-            for name, value in attributes.items():
-                if (key := text.tag_key(name)) in self._of_attributes:
-                    values[key] = None if value is None else str(value)
         for key, column in self._columns:
             if (value := recipient.get(column)) is not None:
                 values[key] = str(value)
+        if not self._of_contacts <= values.keys():
+            values |= self._attributes(recipient, values)
         if self._wants_phone:
             values[_PHONE] = text.plus(phone)
         if self._wants_unsubscribe:
             token = text.sign_unsubscribe(self._keys[0], self._tenant_id, self._campaign_id, phone)
             values[_UNSUBSCRIBE] = f"{self._base}/u/{token}"
         return values
+
+    def _attributes(
+        self, recipient: Record | Mapping[str, object], known: Mapping[str, object]
+    ) -> dict[str, str | None]:
+        """Values of the tags that are not `known`. Read only here, as many a text has no tag that needs them."""
+        attributes = orjson.loads(cast("str", recipient["attributes"]))
+        assert isinstance(attributes, dict)
+        return {
+            key: None if value is None else str(value)
+            for name, value in attributes.items()
+            if (key := text.tag_key(name)) in self._of_contacts and key not in known
+        }
 
 
 class Expander:

@@ -484,11 +484,10 @@ class Sweep(NamedTuple):
     given_up: int
 
 
-async def apply_receipts(
-    db: Executor, receipts: Sequence[ReceiptRow], raw: Sequence[RawReceipt] = ()
-) -> tuple[int, int]:
-    """Applies receipts, and keeps what could not be read, in one transaction: (messages that moved, receipts kept
-    for ids not known yet)."""
+async def apply_receipts(db: Executor, receipts: Sequence[ReceiptRow]) -> tuple[int, int]:
+    """Applies receipts: (messages that moved, receipts kept for ids not known yet)."""
+    if not receipts:
+        return 0, 0
     accounts, ids, states, ats, descriptions = _columns(receipts, 5)
     row = await db.fetchrow(
         SQL["apply_receipts"],
@@ -496,13 +495,19 @@ async def apply_receipts(
         _joined(ids),
         ",".join(map(str, states)),
         _joined_times(ats),
-        descriptions if any(descriptions) or not receipts else None,
-        *_columns(raw, 3),
+        descriptions if any(descriptions) else None,
     )
     assert row is not None
     updated, kept = row["updated"], row["kept"]
-    metrics.receipts(received=len(receipts), applied=updated, early=kept, raw=len(raw))
+    metrics.receipts(received=len(receipts), applied=updated, early=kept)
     return updated, kept
+
+
+async def keep_raw_receipts(db: Executor, raw: Sequence[RawReceipt]) -> None:
+    """Keeps what could not be read, as it came."""
+    if raw:
+        await db.execute(SQL["keep_raw_receipts"], *_columns(raw, 3))
+        metrics.receipts(raw=len(raw))
 
 
 def _joined_times(ats: Sequence[datetime | None]) -> str:

@@ -166,16 +166,26 @@ class Inbox:
         rows = [row for one in group for row in one.receipts]
         raw = [row for one in group for row in one.raw]
         try:
-            updated, kept = await queue.apply_receipts(self._pool, rows, raw)
+            updated, kept = await self._apply_and_keep(rows, raw)
         except _REFUSED:
             async with self._pool.acquire() as connection, connection.transaction():
-                await queue.apply_receipts(connection, [], raw)
                 rows, updated = await _sift(connection, rows)
+                await queue.keep_raw_receipts(connection, raw)
             kept = len(rows)
         if kept:
             # Settle may have missed these as we missed its ids: look once more in a new snapshot.
             updated += await queue.rejoin_receipts(self._pool, [row.provider_id for row in rows])
         return updated
+
+    async def _apply_and_keep(
+        self, rows: Sequence[ReceiptRow], raw: Sequence[RawReceipt]
+    ) -> tuple[int, int]:
+        if not raw:  # as nearly always: one round trip
+            return await queue.apply_receipts(self._pool, rows)
+        async with self._pool.acquire() as connection, connection.transaction():
+            result = await queue.apply_receipts(connection, rows)
+            await queue.keep_raw_receipts(connection, raw)
+            return result
 
 
 def _refuse(group: Sequence[_Put], error: BaseException) -> None:
@@ -198,7 +208,7 @@ async def _sift(connection: Connection, rows: Sequence[ReceiptRow]) -> tuple[lis
             second, more = await _sift(connection, rows[middle:])
             return first + second, moved + more
         raw = RawReceipt(rows[0].account_id, _spelled(rows[0]), _CANNOT_BE_STORED)
-        await queue.apply_receipts(connection, [], [raw])
+        await queue.keep_raw_receipts(connection, [raw])
         return [], 0
 
 

@@ -1,6 +1,7 @@
 """The expander: a whole audience becomes messages, chunk by chunk, and whoever is left out is listed with a reason."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import date
@@ -438,7 +439,8 @@ def renderer(template: str, link_url: str | None = None) -> Renderer:
 
 
 def row(**values: object) -> Mapping[str, object]:
-    return {"phone": 306900000001, "opted_out": False, "attributes": {}, **values}
+    attributes = json.dumps(values.pop("attributes", {}))
+    return {"phone": 306900000001, "opted_out": False, "attributes": attributes, **values}
 
 
 @pytest.mark.parametrize(

@@ -537,7 +537,7 @@ RAW = [
 
 
 async def put_raw(pool: database.Pool, *rows: tuple[str, str]) -> None:
-    await queue.apply_receipts(pool, [], [RawReceipt(None, *row) for row in rows])
+    await queue.keep_raw_receipts(pool, [RawReceipt(None, *row) for row in rows])
 
 
 async def test_a_replay_applies_what_is_understood_by_now_and_says_what_is_not(
@@ -570,8 +570,8 @@ async def test_a_receipt_that_was_given_up_is_replayed_once_its_message_is_known
 ) -> None:
     ids = await accepted(shop, 2)
     rows = [receipt(ids[0], DELIVERED, account), receipt(ids[1], FAILED, account + 1)]
-    await queue.apply_receipts(
-        pool, [], [RawReceipt(row.account_id, receipts._spelled(row), NO_MESSAGE) for row in rows]
+    await queue.keep_raw_receipts(
+        pool, [RawReceipt(row.account_id, receipts._spelled(row), NO_MESSAGE) for row in rows]
     )
     done = await receipts.replay(pool)
     assert (done.replayed, done.updated, done.unreadable) == (1, 1, 1)
@@ -668,9 +668,9 @@ async def test_receipts_are_written_together_and_many_are_divided_among_the_writ
     """rounds: of the loop, in each of which one comes; 0: all at once."""
     written, apply = list[int](), queue.apply_receipts
 
-    async def noted(db: Any, rows: Any, raw: Any) -> Any:
+    async def noted(db: Any, rows: Any) -> Any:
         written.append(len(rows))
-        return await apply(db, rows, raw)
+        return await apply(db, rows)
 
     monkeypatch.setattr(queue, "apply_receipts", noted)
     inbox, waiting = Inbox(pool), list[asyncio.Task[int]]()

@@ -121,7 +121,7 @@ def sample_text(
     """The text for a test, with the values of the first recipient who has all of them; what nobody has is shown by
     its name."""
     usable = (row for row in recipients.sample if isinstance(renderer.render(row), Rendered))
-    row = dict(next(usable, {"attributes": {}}))
+    row = dict(next(usable, {"attributes": "{}"}))
     values = {tag: tag for tag in template.tags}
     return template.render(values | {k: v for k, v in renderer.values(row, phone).items() if v})
 

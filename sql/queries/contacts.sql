@@ -124,8 +124,8 @@ select audience_count($1, $2, $3, $4, $5, $6, $7);
 select audience_estimate($1, $2, $3, $4, $5, $6, $7, $8);
 
 -- name: audience_page
--- The next contacts of the audience by id, the opted-out marked.
-select id, phone, first_name, last_name, email, gender, birthday, attributes, opted_out
+-- The next contacts of the audience by id, the opted-out marked; attributes as they are written.
+select id, phone, first_name, last_name, email, gender, birthday, attributes::text, opted_out
   from audience_page($1, $2, $3, $4, $5, $6, $7, $8, $9, $10);
 
 -- name: recipient_count
@@ -137,7 +137,7 @@ select audience_size(2, $1) - (
 
 -- name: recipient_page
 -- The next uploaded recipients by id, the opted-out marked; phone is null where it could not be read.
-select r.id, r.phone, r.raw, r.attributes, o.phone is not null as opted_out
+select r.id, r.phone, r.raw, r.attributes::text, o.phone is not null as opted_out
   from (select * from recipient where campaign_id = $1 and id > $2 order by campaign_id, id limit $3) r
   left join opt_out o on o.tenant_id = (select tenant_id from campaign where id = $1) and o.phone = r.phone
  order by r.id;

@@ -86,18 +86,20 @@ select slot, now_us, back_us from grant_request($1, $2, $3);
 select give_back($1, 0, $2, 0);
 
 -- name: apply_receipts
--- Largest state seen wins; ids not known yet are kept, and so is, as it came and once, what could not be read.
-with raw as (
-  insert into raw_receipt (account_id, body, why)
-  select u.account_id, u.body, min(u.why)
-    from unnest($6::bigint[], $7::text[], $8::text[]) with ordinality as u(account_id, body, why, place)
-   where not exists (select from raw_receipt k where md5(k.body) = md5(u.body) and k.body = u.body
-                                                 and k.account_id is not distinct from u.account_id)
-   group by u.account_id, u.body order by min(u.place))
+-- Largest state seen wins; ids not known yet are kept.
 select updated, kept
   from apply_receipts(string_to_array($1, ',', '')::bigint[], string_to_array($2, E'\n'),
                       string_to_array($3, ',')::smallint[], string_to_array($4, ',', '')::timestamptz[],
                       coalesce($5, array_fill(null::text, array[1])));
+
+-- name: keep_raw_receipts
+-- What could not be read, as it came, and once.
+insert into raw_receipt (account_id, body, why)
+select u.account_id, u.body, min(u.why)
+  from unnest($1::bigint[], $2::text[], $3::text[]) with ordinality as u(account_id, body, why, place)
+ where not exists (select from raw_receipt k where md5(k.body) = md5(u.body) and k.body = u.body
+                                               and k.account_id is not distinct from u.account_id)
+ group by u.account_id, u.body order by min(u.place);
 
 -- name: rejoin_receipts
 -- Early receipts whose message is known by now.
