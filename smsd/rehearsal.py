@@ -8,7 +8,6 @@ each connection, in a transaction that is rolled back: nobody sees it, and it to
 import asyncio
 from contextlib import AsyncExitStack
 
-import asyncpg
 import structlog
 
 from smsd import database, queue
@@ -20,8 +19,6 @@ from smsd.queue import Answer, ReceiptRow
 SQL = database.queries("rehearsal")
 CONNECTIONS = 10
 """How many at most: what a busy daemon uses at once."""
-
-_FAULTS: tuple[type[BaseException], ...] = (*database.AWAY, asyncpg.PostgresError)
 
 log = structlog.get_logger()
 
@@ -38,7 +35,7 @@ async def rehearse(pool: Pool, size: int) -> None:
             async with asyncio.TaskGroup() as group:
                 for connection in taken:
                     group.create_task(_go_through(connection))
-    except* _FAULTS as error:
+    except* Exception as error:
         log.warning("rehearsal.failed", error=repr(error.exceptions[0]))
 
 

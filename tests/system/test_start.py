@@ -113,6 +113,19 @@ async def test_a_daemon_that_still_waits_for_postgres_stops_when_told(
     assert await daemon.ended(5) == 0
 
 
+async def test_a_rehearsal_that_fails_is_told_and_the_start_goes_on(
+    installation: Installation,
+) -> None:
+    await installation.migrate()
+    assert installation.dsn is not None
+    connection = await database.connect(installation.dsn)
+    await connection.execute("alter function settle_items rename to settled_otherwise")
+    await connection.close()
+    daemon = await installation.serve()
+    told = await daemon.logged("rehearsal.failed")
+    assert "settle_items" in told["error"]
+
+
 # ----------------------------------------------------------------------------------------- refuses
 
 
