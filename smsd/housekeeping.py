@@ -5,6 +5,7 @@ Timestamps are never compared, so neither a clock nor an outage of Postgres kill
 """
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable
 
 import structlog
@@ -42,6 +43,7 @@ class Housekeeping:
         # replica → its beat, and since when we see it
         self._watched: dict[int, tuple[int, float]] = {}
         self._looked_at = 0.0
+        self._bereaved = False
 
     def wake(self) -> None:
         """News: a batch was settled, so that a campaign may be finished."""
@@ -118,25 +120,33 @@ class Housekeeping:
     # ----------------------------------------------------------------------------------------- keep
 
     async def keep(self) -> None:
-        """Rounds until cancelled: finish campaigns, match early receipts, watch, reap, wake what was forgotten."""
-        rounds = 0
+        """Rounds until cancelled: finish campaigns, and when it is time match early receipts, watch, reap, wake what was
+        forgotten."""
+        rounds, pause = 0, min(ROUND_SECONDS, self._standing.lease_seconds / 10)
+        round_at = -math.inf
         while True:
             self._news.clear()
-            slow = rounds % SLOW_ROUNDS == 0
             try:
-                await self._round(slow=slow)
+                # Not with all news: beside a long snapshot some of it walks through all that ever was in flight.
+                if mitto.clock() - round_at >= pause:
+                    round_at = mitto.clock()
+                    rounds += 1
+                    await self._round(slow=rounds % SLOW_ROUNDS == 1)
+                else:
+                    await self._look(_finish_campaigns)
             except database.AWAY as error:
                 # Not connected throughout: what was watched until now proves nothing.
                 self._watched.clear()
                 log.warning("housekeeping.failed", error=repr(error))
-            rounds += 1
-            pause = min(ROUND_SECONDS, self._standing.lease_seconds / 10)
             await asyncio.sleep(pause / 5)  # what is settled meanwhile is one round
             await first_of(pause, self._news)
 
     async def _round(self, *, slow: bool) -> None:
-        for look in (_finish_campaigns, _rejoin_receipts, self._bury_the_dead, _reap):
+        for look in (_finish_campaigns, _rejoin_receipts, self._bury_the_dead):
             await self._look(look)
+        if slow or self._bereaved:
+            await self._look(_reap)
+            self._bereaved = False
         if slow:
             for slow_look in _SLOW:
                 await self._look(slow_look)
@@ -169,8 +179,10 @@ class Housekeeping:
                 and await queue.bury(pool, replica_id, beat)
             ):
                 log.warning("replica.buried", replica=replica_id)
+                self._bereaved = True
         for replica_id in self._watched.keys() - beats.keys():
             del self._watched[replica_id]
+            self._bereaved = True
 
 
 async def _finish_campaigns(pool: Pool) -> None:

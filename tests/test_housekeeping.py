@@ -2,15 +2,17 @@
 
 import asyncio
 import contextlib
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 import pytest
 from shop import ACCEPTED, Shop, until_somebody_waits
 from structlog.testing import capture_logs
 from support import Relay, assert_sound, new_account, open_shop, take_the_clock
 
-from smsd import database, mitto, queue
+from smsd import campaigns, database, mitto, queue
 from smsd.housekeeping import ROUND_SECONDS, Housekeeping
 from smsd.model import BatchState, CampaignStatus
 
@@ -358,3 +360,28 @@ async def test_a_look_that_fails_keeps_nobody_else_from_looking(
             await until(lambda: pool.fetchval("select state = 30 from message"))
     broken = next(line for line in logs if line["event"] == "housekeeping.broken")
     assert (broken["look"], broken["error"]) == ("finish_campaigns", "UndefinedFunctionError")
+
+
+async def test_news_finish_campaigns_and_what_walks_far_keeps_its_pace(
+    pool: database.Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every settled batch is news; a reap reads all that was in flight since the oldest snapshot."""
+    calls, finish, reap = Counter[str](), campaigns.finish, queue.reap
+
+    async def counted_finish(db: Any) -> Any:
+        calls["finish"] += 1
+        return await finish(db)
+
+    async def counted_reap(db: Any) -> Any:
+        calls["reap"] += 1
+        return await reap(db)
+
+    monkeypatch.setattr(campaigns, "finish", counted_finish)
+    monkeypatch.setattr(queue, "reap", counted_reap)
+
+    async def many() -> bool:
+        return calls["finish"] >= 30
+
+    async with at_work(hurried(watcher(pool, lease_seconds=1))):
+        await until(many)
+    assert 1 <= calls["reap"] <= 1 + calls["finish"] / 10
