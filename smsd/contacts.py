@@ -442,6 +442,6 @@ async def recipient_count(db: Executor, campaign_id: int) -> int:
 
 
 async def recipient_page(db: Executor, campaign_id: int, after_id: int, limit: int) -> list[Record]:
-    """The next uploaded recipients by id: id, phone (None where unreadable), raw, attributes (JSON), opted_out; fewer than
-    `limit` are the last."""
+    """The next uploaded recipients by id: id, phone (None where unreadable), raw, attributes (JSON), opted_out; fewer
+    than `limit` are the last."""
     return await db.fetch(SQL["recipient_page"], campaign_id, after_id, limit)

@@ -1,9 +1,9 @@
 """The daemon on one page: what starts, in which order, and how it stops.
 
 Start: embedded Postgres if there is no other → HTTP (an absent database shows in /readyz, not as a restart) → READY →
-schema → registration → rehearsal → loops. Stop, within `SMSD_SHUTDOWN_SECONDS`: nothing new is claimed, what Mitto has is waited
-for and written while receipts are still taken, HTTP closes, loops end, this replica says goodbye. Whatever stands in
-between when the process is killed instead is what the next one finds in the database.
+schema → registration → rehearsal → loops. Stop, within `SMSD_SHUTDOWN_SECONDS`: nothing new is claimed, what Mitto
+has is waited for and written while receipts are still taken, HTTP closes, loops end, this replica says goodbye.
+Whatever stands in between when the process is killed instead is what the next one finds in the database.
 """
 
 import asyncio
@@ -113,8 +113,6 @@ async def serve(
         # Postgres may go away again between any two of its statements.
         if not await _before(stop, database.until_written(prepare)):
             return
-        if not await _before(stop, rehearsal.rehearse(pool, settings.pool_size)):
-            return
         for name, loop in {
             "heartbeat": housekeeping.beat(),
             "housekeeping": housekeeping.keep(),
@@ -209,7 +207,7 @@ async def migrate(dsn: str) -> list[str]:
 async def _prepare(
     dsn: str, settings: Settings, pool: Pool, keys: list[bytes], housekeeping: Housekeeping
 ) -> None:
-    """Waits for Postgres, as long as that takes; checks the schema; reads the signing keys; registers."""
+    """Waits for Postgres, as long as that takes; checks the schema; reads the signing keys; registers; rehearses."""
     await database.wait_for(dsn, lambda error: log.warning("database.awaited", error=repr(error)))
     if settings.auto_migrate or settings.database_url is None:
         for name in await migrate(dsn):
@@ -220,6 +218,7 @@ async def _prepare(
         await queue.bury_all(pool)  # the folder's lock is ours: nobody else can be alive
     await housekeeping.register()
     keys.extend(stored)
+    await rehearsal.rehearse(pool, settings.pool_size)
 
 
 async def _before(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:

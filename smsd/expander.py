@@ -83,7 +83,7 @@ class Renderer:
             if (value := recipient.get(column)) is not None:
                 values[key] = str(value)
         if not self._of_contacts <= values.keys():
-            values |= self._attributes(recipient, values)
+            values = self._attributes(recipient) | values
         if self._wants_phone:
             values[_PHONE] = text.plus(phone)
         if self._wants_unsubscribe:
@@ -91,16 +91,14 @@ class Renderer:
             values[_UNSUBSCRIBE] = f"{self._base}/u/{token}"
         return values
 
-    def _attributes(
-        self, recipient: Record | Mapping[str, object], known: Mapping[str, object]
-    ) -> dict[str, str | None]:
-        """Values of the tags that are not `known`. Read only here, as many a text has no tag that needs them."""
+    def _attributes(self, recipient: Record | Mapping[str, object]) -> dict[str, str | None]:
+        """Values of the tags that the contact's attributes have. Read only here, as many a text needs none of them."""
         attributes = orjson.loads(cast("str", recipient["attributes"]))
         assert isinstance(attributes, dict)
         return {
             key: None if value is None else str(value)
             for name, value in attributes.items()
-            if (key := text.tag_key(name)) in self._of_contacts and key not in known
+            if (key := text.tag_key(name)) in self._of_contacts
         }
 
 

@@ -127,13 +127,12 @@ class Housekeeping:
         while True:
             self._news.clear()
             try:
+                await self._look(_finish_campaigns)
                 # Not with all news: beside a long snapshot some of it walks through all that ever was in flight.
                 if mitto.clock() - round_at >= pause:
                     round_at = mitto.clock()
                     rounds += 1
                     await self._round(slow=rounds % SLOW_ROUNDS == 1)
-                else:
-                    await self._look(_finish_campaigns)
             except database.AWAY as error:
                 # Not connected throughout: what was watched until now proves nothing.
                 self._watched.clear()
@@ -142,8 +141,8 @@ class Housekeeping:
             await first_of(pause, self._news)
 
     async def _round(self, *, slow: bool) -> None:
-        for look in (_finish_campaigns, _rejoin_receipts, self._bury_the_dead):
-            await self._look(look)
+        await self._look(_rejoin_receipts)
+        await self._look(self._bury_the_dead)
         if slow or self._bereaved:
             await self._look(_reap)
             self._bereaved = False
