@@ -14,7 +14,14 @@ import orjson
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from shop import ACCEPTED, REFUSED, Shop, check_the_account, until_somebody_waits
+from shop import (
+    ACCEPTED,
+    REFUSED,
+    Shop,
+    check_the_account,
+    until_somebody_waits,
+    until_waited_for,
+)
 from structlog.testing import capture_logs
 from support import assert_sound, new_account, open_shop
 from system.harness import Installation
@@ -168,6 +175,31 @@ async def test_receipts_for_one_message_at_the_same_time_come_to_the_same(
         *(queue.apply_receipts(pool, [receipt(one, order[0])]) for one in ids[:10]),
     )
     assert await states(pool, ids) == [DELIVERED] * 40
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "moved", "ends"),
+    [(ENROUTE, DELIVERED, 1, DELIVERED), (DELIVERED, DELIVERED, 0, DELIVERED), (FAILED, ENROUTE, 0, FAILED)],
+)  # fmt: skip
+async def test_a_receipt_that_waited_for_another_one_counts_from_where_that_left_off(
+    pool: database.Pool, shop: Shop, connection: database.Connection,
+    first: int, second: int, moved: int, ends: int,
+) -> None:  # fmt: skip
+    """Of one message; the group has others as well, before and after it."""
+    campaign_id = await shop.sending(3)
+    await shop.send_all(*[ACCEPTED] * 3)
+    ids = [row["provider_id"] for row in await pool.fetch("select * from message order by id")]
+    transaction = connection.transaction()
+    await transaction.start()
+    await queue.apply_receipts(connection, [receipt(ids[1], first)])
+    waits = asyncio.create_task(
+        queue.apply_receipts(pool, [receipt(one, second) for one in reversed(ids)])
+    )
+    await until_waited_for(pool, connection)
+    await transaction.commit()
+    assert await waits == (2 + moved, 0)
+    assert await states(pool, ids) == [second, ends, second]
+    await check_the_account(shop, campaign_id)
 
 
 async def test_delivered_after_failed_takes_the_failure_back(

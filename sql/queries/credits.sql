@@ -1,6 +1,6 @@
 -- name: balance
 -- A tenant's money as it stands: balance = granted - spent, of which some may be reserved.
-select granted - spent as balance, reserved from credit where tenant_id = $1;
+select granted - spent as balance, reserved from credit_newest($1);
 
 -- name: move
 -- One entry in the ledger and what follows from it: grant | hold | spend | release. False: a hold beyond what is

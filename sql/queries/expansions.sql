@@ -52,7 +52,7 @@ select count_messages($1, 0, 0, 0, 0, 0, $2, 0);
 -- Moves the part of the estimated hold that stands for this chunk to its exact figure. held is false where credits do
 -- not reach; available: what could be held before that was tried.
 select settle_hold($1, $2, $3, $4) as held,
-       (select c.granted - c.spent - c.reserved from credit c join expansion e on e.tenant_id = c.tenant_id
+       (select c.granted - c.spent - c.reserved from expansion e, credit_newest(e.tenant_id) c
          where e.campaign_id = $1) as available;
 
 -- name: pause_for_credits

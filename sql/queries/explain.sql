@@ -16,7 +16,7 @@ select c.id, c.status, c.created_at, c.updated_at, c.scheduled_at, t.queued, t.p
   from campaign c
   join campaign_totals t on t.campaign_id = c.id
   join tenant on tenant.id = c.tenant_id
-  join credit on credit.tenant_id = c.tenant_id
+  join credit_newest(c.tenant_id) credit on true
  where c.id = $1 and c.tenant_id = $2;
 
 -- name: accounts
