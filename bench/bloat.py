@@ -118,10 +118,10 @@ async def run(machine: Machine, options: Options) -> None:
         both = []
         for _ in range(2):
             mitto = await stack.enter_async_context(Mitto(machine.folder))
-            one = installation(
+            entered = installation(
                 machine, mitto, n, prepare=TRACK, receipts_a_post=RECEIPTS_A_POST, batch_size=BATCH
             )
-            both.append(await stack.enter_async_context(one))
+            both.append(await stack.enter_async_context(entered))
             await both[-1].burst()  # plans and caches are warm
             await both[-1].settle()
         campaigns, clean = both
