@@ -162,6 +162,9 @@ class Pace:
     def __init__(self, row: queue.AccountRow, settings: Settings) -> None:
         self.row = row
         self.news = asyncio.Event()
+        """A lane became non-empty, or what was granted was not used."""
+        self.freed = asyncio.Event()
+        """There may be room for more at once: for whoever does not wait for a slot."""
         self.sending: set[asyncio.Task[None]] = set()
         self._least = settings.worker_concurrency
         self._window = float(settings.worker_concurrency)
@@ -217,7 +220,7 @@ class Pace:
     def made_slot(self) -> None:
         """This process keeps pace: more at once, whether or not Mitto has answered yet."""
         self._grow()
-        self.news.set()
+        self.freed.set()
 
     def _grow(self) -> None:
         self._window = min(self._window + 1.0, REPLICA_IN_FLIGHT / 2)
@@ -238,12 +241,12 @@ class Pace:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self.sending.discard(task)
-        self.news.set()
+        self.freed.set()
 
     def answered(self, grant: queue.Grant, result: mitto.Result) -> None:
         """The request is over: its place is free, and the breaker hears of it."""
         claimed_at = self._places.pop(grant)
-        self.news.set()
+        self.freed.set()
         # Then it was on its way by that time and tells nothing new: a wait grows by what comes after it.
         closed_already = self.is_closed()
         if result.outcome is Outcome.NEVER_LEFT:
@@ -300,9 +303,9 @@ class Pace:
 
     def release(self, grant: queue.Grant) -> None:
         """The batch is settled or given back."""
-        self._places.pop(grant, None)
+        unused = self._places.pop(grant, None) is not None
         self._messages -= grant.n
-        self.news.set()
+        (self.news if unused else self.freed).set()
 
 
 def _breaker_seconds(missed: int) -> float:

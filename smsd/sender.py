@@ -27,7 +27,8 @@ log = structlog.get_logger()
 LEAD_SECONDS_LEAST, LEAD_SECONDS_FIRST, LEAD_SECONDS_MOST = 0.004, 0.03, 0.06
 RETAKES_MOST = 3
 """How often a batch that missed its slot takes another one before it is given back."""
-CLOSED_SECONDS = (1_000_000 + queue.GUARD_US + 2 * queue.HORIZON_US) / 1e6
+SECOND_US = 1_000_000
+CLOSED_SECONDS = (SECOND_US + queue.GUARD_US + 2 * queue.HORIZON_US) / 1e6
 """After the database's clock stepped ahead: its limiters have forgotten what left within the last second."""
 
 
@@ -123,22 +124,26 @@ class Sender:
     async def _claim_for(self, account: Pace) -> None:
         while not self._stopping.is_set():
             account.news.clear()
+            account.freed.clear()
             want, priority_only = account.room()
             closed = self._closed_until - mitto.clock()
             if not want or not self._standing.replica_id or closed > 0:
                 wait = max(account.closed_seconds(), closed)
-                await _first_of(wait, account.news, self._stopping)
+                await _first_of(wait, account.news, account.freed, self._stopping)
                 continue
-            pause = pace.SLOW_LOOK_SECONDS
+            pause, for_slot = pace.SLOW_LOOK_SECONDS, False
             try:
-                pause = await self._claim_once(account, want, priority_only)
+                pause, for_slot = await self._claim_once(account, want, priority_only)
             except database.AWAY as error:
                 log.warning("claim.failed", account=account.row.id, error=repr(error))
-            if pause > 0:
-                await _first_of(pause, account.news, self._stopping)
+            # A claim locks the limit, and a single message waits behind it: none before there is a slot to be had.
+            freed = () if for_slot and not priority_only else (account.freed,)
+            await _first_of(pause, account.news, *freed, self._stopping)
 
-    async def _claim_once(self, account: Pace, want: int, priority_only: bool) -> float:
-        """One claim; returns how long to wait for news before the next."""
+    async def _claim_once(
+        self, account: Pace, want: int, priority_only: bool
+    ) -> tuple[float, bool]:
+        """One claim; how many seconds to wait for news before the next, and whether for a slot."""
         self._stepped_ahead(await self._clock.learn(self._pool))
         faults.point("claim.asking")
         before = mitto.clock()
@@ -160,15 +165,25 @@ class Sender:
         for grant in claim.grants:
             account.start(grant, self._send(account, grant))
         if claim.grants:
-            return 0.0
+            wait = (
+                self._next_slot_seconds(account, claim.grants) if len(claim.grants) < want else 0.0
+            )
+            return wait, True
         if claim.waits_for == "replica_gone":
             self._standing.replica_id = 0
         if account.looks_for_missed() and await queue.take_back_missed(self._pool, account.row.id):
-            return 0.0
+            return 0.0, False
         if claim.back_us is None:
-            return pace.SLOW_LOOK_SECONDS
+            return pace.SLOW_LOOK_SECONDS, False
         wait = self._clock.surely_at(claim.back_us) - mitto.clock()
-        return min(pace.SLOW_LOOK_SECONDS, max(0.001, wait))
+        for_slot = claim.waits_for in ("account_limit", "tenant_limit")
+        return min(pace.SLOW_LOOK_SECONDS, max(0.001, wait)), for_slot
+
+    def _next_slot_seconds(self, account: Pace, grants: Sequence[queue.Grant]) -> float:
+        """How long until a claim may have the slot after these."""
+        spread_us = (SECOND_US + queue.GUARD_US) // account.row.requests_per_second
+        next_us = max(grant.slot_us for grant in grants) + spread_us
+        return max(0.0, self._clock.surely_at(next_us - queue.HORIZON_US) - mitto.clock())
 
     def _stepped_ahead(self, seconds: float) -> None:
         if seconds > 0:

@@ -172,6 +172,23 @@ async def test_a_batch_that_missed_its_slot_takes_another_one_and_counts_once(
     assert await queue.retake_slot(pool, moved, lead_us=5_000) is None, "no room soon"
 
 
+async def test_who_missed_a_slot_walks_past_no_batch_that_was_sent_before(
+    pool: database.Pool, shop: Shop
+) -> None:
+    """While a snapshot is held, every batch that was in flight since is still in the index of those that are."""
+    reads = "select sum(pg_stat_get_xact_tuples_returned(indexrelid))::int from pg_index where indrelid = 'batch'::regclass"
+    async with pool.acquire() as holder, holder.transaction(isolation="repeatable_read"):
+        await holder.fetchval("select count(*) from batch")
+        await shop.sending(150, batch_size=1)
+        await shop.send_all(ACCEPTED)
+        await shop.sending(1)
+        ((grant, _),) = await shop.post()
+        async with pool.acquire() as db, db.transaction():
+            before = await db.fetchval(reads)
+            assert await queue.retake_slot(db, grant, lead_us=0) is not None
+            assert await db.fetchval(reads) - before < 15
+
+
 @pytest.mark.parametrize(
     "why", ["paused_reason = 'X'", "blocked_until = from_us(clock_us() + 1000000)"]
 )

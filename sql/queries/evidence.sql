@@ -3,7 +3,8 @@
 -- else until next_ask_at, each a bounded number of times.
 with due as (
   select e.id from early_receipt e
-   where e.next_ask_at <= clock_timestamp() and e.next_ask_at < 'infinity'
+   where exists (select from batch where state = 11 or unsure > 0)   -- mostly not, and then no receipt is looked at
+     and e.next_ask_at <= clock_timestamp() and e.next_ask_at < 'infinity'
      and e.received_at < clock_timestamp() - make_interval(secs => $2)
      and exists (select from batch b join attempt a on a.batch_id = b.id
                   where (b.state = 11 or b.unsure > 0) and (e.account_id is null or b.account_id = e.account_id)
