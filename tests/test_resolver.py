@@ -384,6 +384,22 @@ async def test_what_one_replica_is_about_to_ask_another_passes_by(
         assert await evidence.take_questions(pool, 64, 0, ASKS_MOST) == []
 
 
+async def test_while_nothing_is_unresolved_no_receipt_is_looked_at(
+    pool: database.Pool, shop: Shop
+) -> None:
+    """Twice a second; beside a long snapshot all that ever waited are still in every index."""
+    reads = (
+        "select pg_stat_get_xact_tuples_returned('early_receipt'::regclass) +"
+        " (select sum(pg_stat_get_xact_tuples_returned(indexrelid)) from pg_index"
+        " where indrelid = 'early_receipt'::regclass)"
+    )
+    await receive(pool, [f"X{i}" for i in range(20)])
+    async with pool.acquire() as db, db.transaction():
+        before = await db.fetchval(reads)
+        assert await evidence.take_questions(db, 64, 0, ASKS_MOST) == []
+        assert await db.fetchval(reads) == before
+
+
 async def test_a_replica_that_does_not_reach_mitto_leaves_the_questions_to_the_others(
     pool: database.Pool, shop: Shop, provider: Simulator
 ) -> None:
