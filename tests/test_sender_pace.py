@@ -110,7 +110,7 @@ async def reached(mitto: Simulator, rate: float, requests: int) -> None:
 
 
 async def test_a_claim_is_made_when_the_next_slot_can_be_had_and_not_before(
-    pool: database.Pool, account: int, shop: Shop, mitto: Simulator, dsn: str,
+    pool: database.Pool, account: int, shop: Shop, mitto: Simulator,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Each one locks the limit, and a single message waits behind it."""
@@ -125,10 +125,8 @@ async def test_a_claim_is_made_when_the_next_slot_can_be_had_and_not_before(
     monkeypatch.setattr(queue, "claim", counted)
     await change_account(pool, account, requests_per_second=20)
     await shop.sending(100, batch_size=1)
-    own = await database.open_pool(dsn, 8)
-    async with sending(own, shop.replica_id, mitto.url):
+    async with sending(pool, shop.replica_id, mitto.url):
         await mitto.requests_reached(40)
-    await own.close()
     from_first = claims[next(place for place, grants in enumerate(claims) if grants) :]
     assert len(from_first) < 1.5 * sum(from_first)
 

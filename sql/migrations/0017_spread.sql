@@ -150,8 +150,8 @@ end $$;
 
 -- The first slot from p_from and before p_until that a campaign's batch has been given and has written no intent for:
 -- the batch is taken back. It had taken at least p_cost of the account's limits; of another tenant's only where p_fits.
--- Null: there is none. Single messages get no more than half of what is on its way like this: with more of them,
--- campaigns keep the slots that they are given.
+-- Null: there is none. Single messages get no more than half of what left within the last minute and is on its way like
+-- this: with more of them, campaigns keep the slots that they are given.
 create or replace function make_way(acc traffic_account, p_tenant bigint, p_fits boolean, p_cost int, p_rps int,
                                     p_until bigint, p_from bigint)
 returns bigint language plpgsql set enable_sort = off as $$
