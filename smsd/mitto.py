@@ -776,17 +776,20 @@ def parse_dlr(body: bytes) -> Dlr:
         document = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise BadDlr(f"the body is not JSON: {error}") from None
-    if not isinstance(document, dict | list):
+    if isinstance(document, dict):
+        document = [document]
+    elif not isinstance(document, list):
         kind = type(document).__name__
         raise BadDlr(f"the body must be a JSON object or an array of objects, not {kind}")
-    dlr = Dlr([], [])
-    for element in document if isinstance(document, list) else [document]:
+    receipts: list[Receipt] = []
+    rejected: list[tuple[object, str]] = []
+    for element in document:
         receipt = _receipt(element)
-        if isinstance(receipt, Receipt):
-            dlr.receipts.append(receipt)
+        if isinstance(receipt, str):
+            rejected.append((element, receipt))
         else:
-            dlr.rejected.append((element, receipt))
-    return dlr
+            receipts.append(receipt)
+    return Dlr(receipts, rejected)
 
 
 def _receipt(element: object) -> Receipt | str:

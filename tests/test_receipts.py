@@ -179,7 +179,10 @@ async def test_receipts_for_one_message_at_the_same_time_come_to_the_same(
 
 @pytest.mark.parametrize(
     ("first", "second", "moved", "ends"),
-    [(ENROUTE, DELIVERED, 1, DELIVERED), (DELIVERED, DELIVERED, 0, DELIVERED), (FAILED, ENROUTE, 0, FAILED)],
+    [
+        (ENROUTE, DELIVERED, 1, DELIVERED), (FAILED, DELIVERED, 1, DELIVERED),
+        (DELIVERED, DELIVERED, 0, DELIVERED), (FAILED, ENROUTE, 0, FAILED),
+    ],
 )  # fmt: skip
 async def test_a_receipt_that_waited_for_another_one_counts_from_where_that_left_off(
     pool: database.Pool, shop: Shop, connection: database.Connection,
@@ -335,7 +338,11 @@ async def test_an_account_s_webhook_touches_no_other_account_s_message(
     await queue.rejoin_receipts(pool, None)
     assert await states(pool, theirs) == [int(ACCEPTED)]
     assert await queue.apply_receipts(pool, [receipt(theirs[0], FAILED)]) == (1, 0)
-    assert await states(pool, theirs) == [FAILED]
+    moved = await queue.apply_receipts(
+        pool, [receipt(theirs[0], DELIVERED, account), receipt(ours[0], ENROUTE, account)]
+    )
+    assert moved == (0, 0)
+    assert await states(pool, ours + theirs) == [DELIVERED, FAILED]
 
 
 # ---------------------------------------------------------------------------------- before the result
