@@ -155,6 +155,47 @@ async def test_slots_are_spread_over_the_window_from_the_first_on(
     assert len(slots) >= 0.99 * (slots[-1] - slots[0]) / spread_us
 
 
+@pytest.mark.parametrize(
+    ("limits", "spread_us"),
+    [
+        ({"requests_per_second": 25}, WINDOW_US // 25),
+        ({"requests_per_second": 4}, WINDOW_US // 4),
+        ({"messages_per_second": 40}, WINDOW_US // 20),
+    ],
+)
+async def test_a_tenant_that_sends_single_messages_uses_its_limit_evenly_and_all_of_it(
+    pool: database.Pool, account: int, shop: Shop, clock: Clock,
+    limits: dict[str, int], spread_us: int,
+) -> None:  # fmt: skip
+    """Used up in haste it would leave a hole, in which a single message finds no room, in every window."""
+    await change_account(pool, account, requests_per_second=200)
+    await change_tenant(pool, shop.id, **limits)
+    await one_message(shop, 306911110001)
+    await shop.sending(400, batch_size=2)
+    slots = [grant.slot_us for grant in await run(shop, clock, 6 * SECOND_US)]
+    assert slots[-1] - slots[0] > 4 * SECOND_US
+    gaps = [after - before for before, after in pairwise(slots)]
+    assert max(gaps) <= spread_us + WINDOW_US // 10
+    assert len(slots) >= 0.95 * (slots[-1] - slots[0]) / spread_us
+
+
+async def test_a_tenant_whose_turn_comes_between_its_even_times_uses_its_limit_all_the_same(
+    pool: database.Pool, account: int, shop: Shop, clock: Clock
+) -> None:
+    """The account's slots are 34 ms apart, the tenant's even times 51 ms, and somebody else takes what it leaves."""
+    await change_account(pool, account, requests_per_second=30)
+    await change_tenant(pool, shop.id, requests_per_second=20, weight=3)
+    other = await open_shop(pool, account, shop.replica_id)
+    await one_message(shop, 306911110001)
+    await shop.sending(300, batch_size=1)
+    await other.sending(300, batch_size=1)
+    grants = await run(shop, clock, 6 * SECOND_US)
+    own = [grant for grant in grants if grant.tenant_id == shop.id]
+    assert use(requests(own), 20) >= 0.95
+    assert use(requests(grants), 30) >= 0.95
+    assert largest_window(requests(own), WINDOW_US) <= 20
+
+
 async def test_a_batch_that_missed_its_slot_takes_another_one_and_counts_once(
     pool: database.Pool, account: int, shop: Shop, clock: Clock
 ) -> None:
