@@ -242,11 +242,6 @@ async def give_verdict(
     return int(row["resolved"])
 
 
-async def set_on_unknown(db: Executor, message_id: int, on_unknown: str) -> None:
-    """hold | resend: what becomes of a single message whose outcome is unknown."""
-    await db.execute(SQL["set_on_unknown"], message_id, on_unknown)
-
-
 class Undecided(NamedTuple):
     """An id that may belong to several messages, or to one that has an id."""
 

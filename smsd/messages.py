@@ -183,11 +183,6 @@ async def by_account(db: Executor, provider_ids: Sequence[str]) -> dict[int, lis
     return {row["account_id"]: row["provider_ids"] for row in rows}
 
 
-async def set_reference(db: Executor, message_id: int, reference: str) -> None:
-    """Keeps the caller's own word for a single message."""
-    await db.execute(SQL["set_reference"], message_id, reference)
-
-
 # ------------------------------------------------------------------------------------------ from rows
 
 _BATCH_STATUSES = {

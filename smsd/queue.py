@@ -344,15 +344,25 @@ async def add_message(
     text: str,
     sender: str,
     segments: int,
+    *,
+    reference: str | None = None,
+    on_unknown: str = "hold",
 ) -> int | None:
-    """Queues one message of the priority class; its id, or None when the credits do not reach."""
+    """Queues one message of the priority class, in one statement; its id, or None when the credits do not reach.
+    `reference`: the caller's own word for it. `on_unknown`: hold | resend, what becomes of it where its outcome is
+    unknown."""
     row = await db.fetchrow(
-        SQL["add_message"], tenant_id, account_id, phone, text, sender, segments
+        SQL["add_message"],
+        tenant_id,
+        account_id,
+        phone,
+        text,
+        sender,
+        segments,
+        reference,
+        on_unknown,
     )
-    if row is None:
-        return None
-    await wake_lane(db, row["lane_id"], row["id"])
-    return int(row["id"])
+    return int(row["id"]) if row else None
 
 
 # -------------------------------------------------------------------------------------------- settle

@@ -621,10 +621,16 @@ async def test_an_answer_out_of_order_with_a_refusal_leaves_all_unknown_until_id
 async def single(shop: Shop, on_unknown: str) -> int:
     async with shop.pool.acquire() as connection, connection.transaction():
         message_id = await queue.add_message(
-            connection, shop.id, shop.account_id, shop.phones, "Hi 0", "Shop", 1
+            connection,
+            shop.id,
+            shop.account_id,
+            shop.phones,
+            "Hi 0",
+            "Shop",
+            1,
+            on_unknown=on_unknown,
         )
         assert message_id is not None
-        await evidence.set_on_unknown(connection, message_id, on_unknown)
     return message_id
 
 

@@ -225,6 +225,19 @@ async def test_a_message_beyond_the_credits_is_not_queued(pool: database.Pool, s
     assert await pool.fetchval("select count(*) from message") == 1
 
 
+async def test_a_message_that_has_no_lane_is_not_queued_and_holds_nothing(
+    pool: database.Pool, shop: Shop
+) -> None:
+    elsewhere = await new_account(pool, "second")
+    async with pool.acquire() as connection:
+        assert (
+            await queue.add_message(connection, shop.id, elsewhere, 306900000001, "x", "S", 1)
+            is None
+        )
+    assert await pool.fetchval("select count(*) from message") == 0
+    assert (await credits.balance(pool, shop.id)).reserved == 0
+
+
 @pytest.mark.parametrize("column", ["paused", "closed", "idle"])
 async def test_a_lane_that_is_stopped_gives_nothing(shop: Shop, column: str) -> None:
     campaign_id = await shop.sending(5)

@@ -121,10 +121,9 @@ async def agree(pool: database.Pool, provider: Simulator) -> None:
 async def single(shop: Shop, phone: int, text: str = "Code 1", on_unknown: str = "hold") -> int:
     async with shop.pool.acquire() as connection, connection.transaction():
         message_id = await queue.add_message(
-            connection, shop.id, shop.account_id, phone, text, "Shop", 1
+            connection, shop.id, shop.account_id, phone, text, "Shop", 1, on_unknown=on_unknown
         )
         assert message_id is not None
-        await evidence.set_on_unknown(connection, message_id, on_unknown)
     return message_id
 
 

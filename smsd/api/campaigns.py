@@ -315,7 +315,7 @@ _LATER_ERRORS = ((501, "NOT_IMPLEMENTED"),)
 
 ENDPOINTS = (
     Endpoint("POST", "/api/campaigns", create, "tenant", "New campaign, a draft", CampaignAnswer, 201,
-             body=NewCampaign, idempotent=True, errors=_LATER_ERRORS),
+             body=NewCampaign, transaction=True, idempotent=True, errors=_LATER_ERRORS),
     Endpoint("GET", "/api/campaigns", list_campaigns, "tenant", "Campaigns, newest first",
              Listing[CampaignAnswer], query=CampaignsQuery),
     Endpoint("GET", _ONE, get, "tenant", "One campaign", CampaignAnswer),
@@ -325,5 +325,5 @@ ENDPOINTS = (
              transaction=True, errors=_STATUS),
     Endpoint("POST", _ONE + "/recipients", add_recipients, "tenant",
              "Recipients of this campaign alone, as NDJSON or CSV, instead of stored contacts", Added,
-             raw_body=True, idempotent=True, errors=(*_STATUS, (413, "PAYLOAD_TOO_LARGE"), (415, "UNSUPPORTED_MEDIA_TYPE"))),
+             raw_body=True, transaction=True, idempotent=True, errors=(*_STATUS, (413, "PAYLOAD_TOO_LARGE"), (415, "UNSUPPORTED_MEDIA_TYPE"))),
 )  # fmt: skip

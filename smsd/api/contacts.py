@@ -335,7 +335,7 @@ _EXISTS, _LIST_EXISTS = ((409, "CONTACT_EXISTS"),), ((409, "LIST_EXISTS"),)
 
 ENDPOINTS = (
     Endpoint("POST", "/api/contacts", create_contact, "tenant", "New contact", ContactAnswer, 201,
-             body=NewContact, idempotent=True, errors=_EXISTS),
+             body=NewContact, transaction=True, idempotent=True, errors=_EXISTS),
     Endpoint("GET", "/api/contacts", list_contacts, "tenant", "Contacts, newest first", Listing[ContactAnswer],
              query=ContactsQuery, errors=((404, "NOT_FOUND"),)),
     Endpoint("GET", _CONTACT, get_contact, "tenant", "One contact", ContactAnswer),
@@ -346,7 +346,7 @@ ENDPOINTS = (
     Endpoint("DELETE", _CONTACT, delete_contact, "tenant", "Delete a contact; an opt-out of its number stays", None,
              204, query=DeleteQuery, transaction=True, errors=((409, "ERASE_LATER"),)),
     Endpoint("POST", "/api/lists", create_list, "tenant", "New list", ListAnswer, 201, body=ListName,
-             idempotent=True, errors=_LIST_EXISTS),
+             transaction=True, idempotent=True, errors=_LIST_EXISTS),
     Endpoint("GET", "/api/lists", list_lists, "tenant", "Lists by name", Listing[ListAnswer], query=Page),
     Endpoint("GET", _LIST, get_list, "tenant", "One list", ListAnswer),
     Endpoint("PUT", _LIST, rename_list, "tenant", "Rename a list", ListAnswer, body=ListName, transaction=True,
@@ -354,7 +354,7 @@ ENDPOINTS = (
     Endpoint("DELETE", _LIST, delete_list, "tenant", "Delete a list, not its contacts", None, 204, transaction=True,
              errors=((409, "LIST_IN_USE"),)),
     Endpoint("POST", _LIST + "/contacts", add_to_list, "tenant", "Put contacts on a list", Added, body=Additions,
-             idempotent=True),
+             transaction=True, idempotent=True),
     Endpoint("DELETE", _LIST + "/contacts/{contactId}", remove_from_list, "tenant", "Take a contact off a list", None,
              204),
 )  # fmt: skip

@@ -13,6 +13,7 @@ import secrets
 import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hmac import compare_digest
@@ -217,7 +218,8 @@ class Context:
 
 @dataclass(slots=True)
 class Request:
-    """One request, checked. `db` is a connection inside the transaction if the endpoint has one, else the pool."""
+    """One request, checked. `db` is a connection for an endpoint with a transaction or an Idempotency-Key, else the
+    pool."""
 
     ctx: Context
     db: Executor
@@ -238,7 +240,7 @@ class Request:
 
     @property
     def connection(self) -> Connection:
-        """`db` where the endpoint has a transaction."""
+        """`db` where it is one."""
         assert not isinstance(self.db, asyncpg.Pool)
         return self.db
 
@@ -266,11 +268,15 @@ class Request:
         self._seen.update(data)
 
     async def once(self, work: Callable[[], Awaitable["Answer"]]) -> web.StreamResponse:
-        """Runs `work` with `db` in a transaction and returns its answer; under an Idempotency-Key that took effect
-        before, returns that answer instead. The wrapper does this around a handler, except with raw_body: there the
+        """Runs `work` with `db`, in a transaction where the endpoint has one, and returns its answer; under an
+        Idempotency-Key always in one, and where that took effect before, returns that answer instead. The wrapper does this around a handler, except with raw_body: there the
         handler does, once it has read the body by `chunks`."""
         key = _idempotency_key(self.raw) if self.endpoint.idempotent else None
-        async with self.ctx.pool.acquire() as connection, connection.transaction():
+        several = self.endpoint.transaction or key is not None
+        async with (
+            self.ctx.pool.acquire() as connection,
+            connection.transaction() if several else nullcontext(),
+        ):
             self.db = connection
             if key is None:
                 return _respond(self.endpoint, await work())
@@ -301,9 +307,10 @@ class Endpoint:
     """One row of the route table.
 
     Path parameters named `id` or `…Id` (other than trackingId) are integers; what is none is 404. `errors` are the
-    refusals beyond those that every endpoint has: (status, code). With `raw_body` the handler reads the body, by
-    `Request.chunks`, and opens the transaction, if it is to have one, by `Request.once`. `media_type` is what a
-    handler answers that makes its answers itself.
+    refusals beyond those that every endpoint has: (status, code). With `transaction` a handler's statements count
+    together or not at all; a single one needs none, and is answered two round trips sooner. `idempotent` handlers have
+    one under a key. With `raw_body` the handler reads the body, by `Request.chunks`, and opens the transaction, if it
+    is to have one, by `Request.once`. `media_type` is what a handler answers that makes its answers itself.
     """
 
     method: str

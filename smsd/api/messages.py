@@ -6,7 +6,7 @@ from typing import Any, Literal, cast
 
 from pydantic import ConfigDict, Field
 
-from smsd import contacts, evidence, messages, queue, text
+from smsd import contacts, messages, queue, text
 from smsd.api import refresh
 from smsd.api.checks import (
     Phone,
@@ -184,11 +184,9 @@ async def send_message(req: Request) -> Queued:
     except text.TextError as error:
         raise bad_text("text", body.text, error) from None
     phone = await _contacts_phone(req) if body.phone is None else read_phone(req, body.phone)
-    message_id = await send_one(req, phone, body.text, body.sender)
-    if body.reference is not None:
-        await messages.set_reference(req.db, message_id, body.reference)
-    if body.on_unknown != "hold":
-        await evidence.set_on_unknown(req.db, message_id, body.on_unknown)
+    message_id = await send_one(
+        req, phone, body.text, body.sender, reference=body.reference, on_unknown=body.on_unknown
+    )
     return Queued(id=message_id, status="queued")
 
 
@@ -204,9 +202,17 @@ async def refresh_message(req: Request) -> Message:
     return shape(await _message(req))
 
 
-async def send_one(req: Request, phone: int, content: str, sender: str | None) -> int:
-    """Queues one message of the priority class with its hold, in the request's transaction; returns its id.
-    Raises 403, NO_SENDER and 402."""
+async def send_one(
+    req: Request,
+    phone: int,
+    content: str,
+    sender: str | None,
+    *,
+    reference: str | None = None,
+    on_unknown: str = "hold",
+) -> int:
+    """Queues one message of the priority class with its hold, in one statement; returns its id. Raises 403, NO_SENDER
+    and 402."""
     me = req.me
     if not me.active:
         raise inactive()
@@ -215,7 +221,15 @@ async def send_one(req: Request, phone: int, content: str, sender: str | None) -
         raise no_sender()
     segments = text.segments(content).count
     message_id = await queue.add_message(
-        req.connection, me.id, me.account_id, phone, content, sender, segments
+        req.connection,
+        me.id,
+        me.account_id,
+        phone,
+        content,
+        sender,
+        segments,
+        reference=reference,
+        on_unknown=on_unknown,
     )
     if message_id is None:
         raise await insufficient(req, segments)

@@ -439,7 +439,7 @@ _SENDING = (
 
 ENDPOINTS = (
     Endpoint("GET", _ONE + "/preview", preview, "tenant", "Size, samples, cost and flaws before sending", Preview),
-    Endpoint("POST", _ONE + "/enqueue", enqueue, "tenant", "Send", Enqueued, 202, idempotent=True, errors=_SENDING),
+    Endpoint("POST", _ONE + "/enqueue", enqueue, "tenant", "Send", Enqueued, 202, transaction=True, idempotent=True, errors=_SENDING),
     Endpoint("GET", _ONE + "/status", status, "tenant", "The account of a campaign", Status),
     Endpoint("POST", _ONE + "/pause", pause, "tenant", "Stop sending until resumed", Status,
              transaction=True, errors=_STATUS),
@@ -448,10 +448,10 @@ ENDPOINTS = (
     Endpoint("POST", _ONE + "/cancel", cancel, "tenant", "End: what has not left will not leave", Status,
              transaction=True, errors=_STATUS),
     Endpoint("POST", _ONE + "/retry-failed", retry_failed, "tenant", "Send again what was certainly refused", Retried,
-             idempotent=True,
+             transaction=True, idempotent=True,
              errors=(*_STATUS, (402, "INSUFFICIENT_CREDITS"), (403, "INACTIVE_SUBSCRIPTION"), (410, "MESSAGES_REMOVED"))),
     Endpoint("POST", _ONE + "/test", send_test, "tenant", "Send the text to one number, with a sample's values",
-             Queued, 202, body=TestMessage, idempotent=True,
+             Queued, 202, body=TestMessage, transaction=True, idempotent=True,
              errors=((400, "NO_MESSAGE_TEXT"), (400, "NO_SENDER"), (402, "INSUFFICIENT_CREDITS"),
                      (403, "INACTIVE_SUBSCRIPTION"))),
     Endpoint("POST", _ONE + "/refresh-status", refresh_status, "tenant",

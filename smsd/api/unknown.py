@@ -124,7 +124,7 @@ def _selection(body: Verdict) -> evidence.Selection:
 _UNKNOWN = "/api/campaigns/{id}/unknown"
 ENDPOINTS = (
     Endpoint("POST", _UNKNOWN, resolve, "tenant", "Decide what became of unknown messages", Resolved,
-             body=Verdict, idempotent=True, errors=((409, "INVALID_STATUS"), (409, "TOO_EARLY"), (410, "MESSAGES_REMOVED"))),
+             body=Verdict, transaction=True, idempotent=True, errors=((409, "INVALID_STATUS"), (409, "TOO_EARLY"), (410, "MESSAGES_REMOVED"))),
     Endpoint("GET", _UNKNOWN, list_undecided, "tenant", "Ids of Mitto's that may belong to several messages",
              UndecidedList, errors=((410, "MESSAGES_REMOVED"),)),
 )  # fmt: skip

@@ -204,7 +204,7 @@ async def _part_chunks(req: Request, part: aiohttp.BodyPartReader) -> AsyncItera
 ENDPOINTS = (
     Endpoint("POST", "/api/contacts/import", import_contacts, "tenant",
              "Import contacts from a CSV, as the body or as a form's part `file`", ImportAccepted, 202,
-             query=ImportQuery, raw_body=True, idempotent=True,
+             query=ImportQuery, raw_body=True, transaction=True, idempotent=True,
              errors=((400, "BAD_REQUEST"), (404, "NOT_FOUND"), (413, "PAYLOAD_TOO_LARGE"),
                      (415, "UNSUPPORTED_MEDIA_TYPE"))),
     Endpoint("GET", "/api/contacts/import/{jobId}", get_import, "tenant", "How far an import is", ImportAnswer),

@@ -77,10 +77,6 @@ select campaign_id, tenant_id, n from expose_old($1, $2);
 -- A person's word on unknown messages of a campaign that is locked.
 select resolved, early from give_verdict($1, $2, $3, $4, $5, $6);
 
--- name: set_on_unknown
--- What the caller of a single message wants where its outcome is unknown.
-update batch set on_unknown = $2 where campaign_id = 0 and first_id = $1;
-
 -- name: undecided
 -- Ids of Mitto's that may belong to messages of a campaign and could not be told apart.
 select distinct on (e.provider_id) e.provider_id, e.verdict, e.candidates, e.received_at

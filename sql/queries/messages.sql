@@ -88,7 +88,3 @@ select id, provider_id from after union all select id, provider_id from before;
 -- The accounts on which Mitto accepted messages.
 select account_id, array_agg(provider_id) as provider_ids from provider_message
  where provider_id = any ($1::text[]) group by account_id;
-
--- name: set_reference
--- The caller's own word for a single message.
-update batch set reference = $2 where campaign_id = 0 and first_id = $1;

@@ -174,15 +174,19 @@ with stranded as (
 select wake_lane(id, 0) from stranded;
 
 -- name: add_message
--- One message of the priority class, with its hold, in a batch of its own. No row: not enough credits.
-with held as (select move_credits($1, 'hold', $6::int, 0, null, 'message') as ok),
+-- One message of the priority class, with its hold, in a batch of its own, and its lane awake: all or nothing, whether
+-- or not in a transaction. No row: not enough credits.
+with held as (
+  select id as lane_id, move_credits($1, 'hold', $6::int, 0, null, 'message') as ok
+    from lane where account_id = $2 and tenant_id = $1 and class = 0),
 message_ as (
   insert into message (campaign_id, id, phone, text, segments)
-  select 0, take_message_ids(1), $3::bigint, $4::text, $6::int from held where held.ok returning id)
-insert into batch (campaign_id, lane_id, tenant_id, account_id, first_id, last_id, n, segments, sender)
-select 0, lane.id, $1, $2, message_.id, message_.id, 1, $6::int, $5
-  from message_ join lane on lane.account_id = $2 and lane.tenant_id = $1 and lane.class = 0
-returning first_id as id, lane_id;
+  select 0, take_message_ids(1), $3::bigint, $4::text, $6::int from held where held.ok returning id),
+batch_ as (
+  insert into batch (campaign_id, lane_id, tenant_id, account_id, first_id, last_id, n, segments, sender, reference, on_unknown)
+  select 0, held.lane_id, $1, $2, message_.id, message_.id, 1, $6::int, $5, $7, $8 from message_, held
+  returning first_id, lane_id)
+select first_id as id, wake_lane(lane_id, first_id) from batch_;
 
 -- name: wake_lane
 -- The lane is non-empty from this message on.
