@@ -193,10 +193,8 @@ class DatabaseClock:
     def observe(self, before: float, after: float, now_us: int) -> float:
         """A reading: the database said `now_us` at some time between `before` and `after`. Returns by how many seconds
         at least it had stepped ahead of what earlier readings allow; 0 if it had not."""
-        low, high = (
-            (now_us - 1) / 1e6 - after,
-            (now_us + 1) / 1e6 - before,
-        )  # it tells no more than that
+        # It tells no more than the microsecond, one way or the other.
+        low, high = (now_us - 1) / 1e6 - after, (now_us + 1) / 1e6 - before
         ahead = 0.0
         if self._read_at is not None:
             slack = (after - self._read_at) * self._DRIFT

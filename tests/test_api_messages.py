@@ -54,6 +54,19 @@ async def test_a_message_is_queued_held_and_told_to_the_senders(
     assert await db.fetchval("select sender from batch") == "Shop"
 
 
+async def test_a_message_that_is_asked_for_many_times_at_once_under_one_key_is_one(
+    me: TenantCaller, db: Pool
+) -> None:
+    body, headers = {"phone": "+306944123456", "text": "Hi"}, {"Idempotency-Key": "k"}
+    replies = await asyncio.gather(
+        *(me.post("/api/messages", body, headers=headers) for _ in range(12))
+    )
+    assert {reply.status for reply in replies} == {202}
+    assert len({reply.text for reply in replies}) == 1
+    assert await db.fetchval("select count(*) from message") == 1
+    assert (await me.get("/api/credits")).body["reserved"] == 1
+
+
 async def test_a_message_to_a_contact_goes_to_its_number(me: TenantCaller, db: Pool) -> None:
     (contact_id,) = await add_contacts(db, me.id, 1)
     reply = await me.post("/api/messages", {"contactId": contact_id, "text": "Hi", "sender": "Eva"})

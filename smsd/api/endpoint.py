@@ -218,7 +218,7 @@ class Context:
 
 @dataclass(slots=True)
 class Request:
-    """One request, checked. `db` is a connection for an endpoint with a transaction or an Idempotency-Key, else the
+    """One request, checked. `db` is a connection where the endpoint has a transaction or is idempotent, else the
     pool."""
 
     ctx: Context
@@ -268,9 +268,10 @@ class Request:
         self._seen.update(data)
 
     async def once(self, work: Callable[[], Awaitable["Answer"]]) -> web.StreamResponse:
-        """Runs `work` with `db`, in a transaction where the endpoint has one, and returns its answer; under an
-        Idempotency-Key always in one, and where that took effect before, returns that answer instead. The wrapper does this around a handler, except with raw_body: there the
-        handler does, once it has read the body by `chunks`."""
+        """Runs `work` with a connection as `db` and returns its answer, in a transaction where the endpoint has one or
+        the caller gave an Idempotency-Key; where that key took effect before, returns that answer instead. The wrapper
+        does this around a handler, except with raw_body: there the handler does, once it has read the body by
+        `chunks`."""
         key = _idempotency_key(self.raw) if self.endpoint.idempotent else None
         several = self.endpoint.transaction or key is not None
         async with (
