@@ -20,7 +20,7 @@ import uvloop
 from bench import bare
 from bench.bare import CHUNK, CONNECTIONS, IN_FLIGHT, Begin, Work, conduct, text_of
 from bench.common import FIRST_PHONE
-from smsd.text import sign_unsubscribe
+from smsd.text import unsubscribe_signer
 
 SCHEMA = """
 create table contact (id bigint primary key, phone bigint not null, first_name text);
@@ -51,15 +51,10 @@ async def add_contacts(work: Work) -> None:
 
 async def expand(work: Work) -> AsyncIterator[list[tuple[int, int]]]:
     """Makes messages of contacts, chunk by chunk; yields the batches of each: first and last id."""
-    key, cursor = secrets.token_bytes(32), 0
+    sign, cursor = unsubscribe_signer(secrets.token_bytes(32), 1, 1), 0
     while page := await work.pool.fetch(PAGE, cursor, CHUNK):
         cursor = page[-1][0]
-        yield await work.copy(
-            [
-                (i, phone, text_of(name, sign_unsubscribe(key, 1, 1, phone)))
-                for i, phone, name in page
-            ]
-        )
+        yield await work.copy([(i, phone, text_of(name, sign(phone))) for i, phone, name in page])
 
 
 async def pgqueuer(work: Work) -> Begin:

@@ -46,13 +46,14 @@ class Renderer:
         campaign_id: int,
         link_url: str | None,
     ) -> None:
-        self._template = template
-        self._keys, self._base = keys, link_base
-        self._tenant_id, self._campaign_id, self._link_url = tenant_id, campaign_id, link_url
+        self._template, self._link_url = template, link_url
+        self._sign = text.unsubscribe_signer(keys[0], tenant_id, campaign_id)
+        self._link_begin = f"{link_base}/u/"
         tags = set(template.tags)
         self._wants_unsubscribe, self._wants_phone = _UNSUBSCRIBE in tags, _PHONE in tags
         self._columns = [(key, column) for key, column in contacts.COLUMNS.items() if key in tags]
         self._of_contacts = tags - _OWN
+        self._wants_attributes = not self._of_contacts <= contacts.COLUMNS.keys()
 
     def render(self, recipient: Record | Mapping[str, object]) -> Rendered | Skipped:
         """The recipient's text, or why there is none. Takes a row of an audience or recipient page."""
@@ -79,16 +80,18 @@ class Renderer:
         """What the template's merge tags stand for, by `text.tag_key`; a column of the contact wins over an attribute. A
         tag that is not there has no value at all."""
         values: dict[str, str | None] = {_LINK: self._link_url}
+        lacks_one = self._wants_attributes
         for key, column in self._columns:
-            if (value := recipient.get(column)) is not None:
+            if (value := recipient.get(column)) is None:
+                lacks_one = True
+            else:
                 values[key] = str(value)
-        if not self._of_contacts <= values.keys():
+        if lacks_one:
             values = self._attributes(recipient) | values
         if self._wants_phone:
             values[_PHONE] = text.plus(phone)
         if self._wants_unsubscribe:
-            token = text.sign_unsubscribe(self._keys[0], self._tenant_id, self._campaign_id, phone)
-            values[_UNSUBSCRIBE] = f"{self._base}/u/{token}"
+            values[_UNSUBSCRIBE] = self._link_begin + self._sign(phone)
         return values
 
     def _attributes(self, recipient: Record | Mapping[str, object]) -> dict[str, str | None]:

@@ -7,7 +7,7 @@ commits only while its expansion still runs, is still owned by who read it, and 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, date, datetime
+from datetime import date
 from typing import Any, NamedTuple
 
 import asyncpg
@@ -121,13 +121,11 @@ async def commit(pool: Pool, expansion: Expansion, chunk: Chunk, replica_id: int
         rendered, skipped = chunk.rendered, chunk.skipped
         try:  # nearly always all are new; the unique index tells where not
             async with connection.transaction():
-                first_id = await _copy_messages(connection, expansion, rendered, skipped)
+                first_id = await _add_messages(connection, expansion, rendered, skipped)
         except asyncpg.UniqueViolationError:
             rendered, skipped = await _without_present(connection, expansion, chunk)
-            first_id = await _copy_messages(connection, expansion, rendered, skipped)
+            first_id = await _add_messages(connection, expansion, rendered, skipped)
         await _add_batches(connection, expansion, rendered, first_id)
-        if skipped:
-            await connection.execute(SQL["count_skipped"], expansion.campaign_id, len(skipped))
         exact = sum(one.segments for one in rendered)
         hold = await connection.fetchrow(
             SQL["settle_hold"], expansion.campaign_id, chunk.read, exact, chunk.last
@@ -160,31 +158,32 @@ async def _without_present(
     return rendered, [one for one in chunk.skipped if is_new(one.phone)]
 
 
-async def _copy_messages(
+async def _add_messages(
     connection: Connection,
     expansion: Expansion,
     rendered: Sequence[Rendered],
     skipped: Sequence[Skipped],
 ) -> int:
-    """Copies the rows in, those to be sent first, so that batches are ranges without gaps."""
+    """Writes the rows, those to be sent first, so that batches are ranges without gaps."""
     if not rendered and not skipped:
         return 0
     first_id = int(await connection.fetchval(SQL["take_message_ids"], len(rendered) + len(skipped)))
-    campaign_id, now, none = expansion.campaign_id, datetime.now(UTC), None
-    rows = [
-        (campaign_id, message_id, one.phone, one.segments, none, one.text, none, none, none)
-        for message_id, one in enumerate(rendered, first_id)
-    ] + [
-        (campaign_id, message_id, one.phone, 0, int(MessageState.SKIPPED), none, str(one.reason), one.detail, now)
-        for message_id, one in enumerate(skipped, first_id + len(rendered))
-    ]  # fmt: skip
-    # One COPY: Postgres sets up room for a thousand rows in each. asyncpg encodes what it gets in one go, unless what
-    # gives it the rows lets others run.
-    await connection.copy_records_to_table(
-        "message",
-        records=_with_pauses(rows),
-        columns=["campaign_id", "id", "phone", "segments", "state", "text", "reason", "detail", "finished_at"],
-    )  # fmt: skip
+    if rendered:
+        campaign_id = expansion.campaign_id
+        rows = [(campaign_id, i, *one) for i, one in enumerate(rendered, first_id)]
+        # One COPY: Postgres sets up room for a thousand rows in each. asyncpg encodes what it gets in one go, unless
+        # what gives it the rows lets others run.
+        await connection.copy_records_to_table(
+            "message",
+            records=_with_pauses(rows),
+            columns=["campaign_id", "id", "phone", "text", "segments"],
+        )
+    if skipped:
+        await connection.execute(
+            SQL["add_skipped"],
+            expansion.campaign_id, first_id + len(rendered), int(MessageState.SKIPPED),
+            [one.phone for one in skipped], [one.reason for one in skipped], [one.detail for one in skipped],
+        )  # fmt: skip
     return first_id
 
 

@@ -306,15 +306,36 @@ def _item_results(
     items: Sequence[Item], results: Sequence[object], api_key: str
 ) -> tuple[ItemResult, ...]:
     """An id = accepted, whatever else stands there; an error without id = refused; else unknown."""
+    accepted = MessageState.ACCEPTED
+    if plain := _plain_ids(results):
+        return tuple(
+            [
+                ItemResult(item.message_id, accepted, one, None)
+                for item, one in zip(items, plain, strict=True)
+            ]
+        )
     ids = [_message_id(element) for element in results]
     seen = Counter(ids)
-    accepted = MessageState.ACCEPTED
     return tuple(
         ItemResult(item.message_id, accepted, provider_id, None)
         if provider_id is not None and seen[provider_id] == 1
         else _undecided(item, provider_id, element, api_key)
         for item, provider_id, element in zip(items, ids, results, strict=True)
     )
+
+
+def _plain_ids(results: Sequence[object]) -> list[str] | None:
+    """The ids of results that all have one of their own, under its usual name, as nearly always; None: look at each."""
+    try:
+        ids: list[str] = [element["messageId"] for element in results]  # type: ignore[index]
+        joined = "".join(ids)
+    except (KeyError, TypeError, IndexError):
+        return None
+    # What is printable and no space has no white space; and each is there once.
+    if not joined.isprintable() or " " in joined or len(set(ids)) < len(ids):
+        return None
+    lengths = [len(one) for one in ids]
+    return ids if min(lengths) > 0 and max(lengths) <= ID_CHARACTERS_MAX else None
 
 
 def _undecided(item: Item, provider_id: str | None, element: object, api_key: str) -> ItemResult:

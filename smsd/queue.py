@@ -7,6 +7,7 @@ stand in `sql/migrations` as functions, the words for them here.
 Times that carry `_us` are microseconds of the database's clock.
 """
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -56,7 +57,8 @@ class Claim(NamedTuple):
 
 
 class Intent(NamedTuple):
-    """verdict: post | lost | cancelled | paused | empty; the rest is only there for post."""
+    """verdict: post | lost | cancelled | paused | empty; the rest is only there for post. `early_mark`: as
+    the function says; None: not known."""
 
     verdict: str
     attempt: int
@@ -64,6 +66,7 @@ class Intent(NamedTuple):
     ids: list[int]
     phones: list[int]
     texts: list[str]
+    early_mark: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -369,8 +372,8 @@ async def add_message(
 class Answer(NamedTuple):
     """An answer that decided item by item, as it is written and remembered: some fifty bytes a message."""
 
-    message_ids: str
-    states: str
+    message_ids: "array[int]"
+    states: "array[int]"
     provider_ids: str
     details: list[str | None] | None
     bulk_id: str | None
@@ -381,8 +384,8 @@ class Answer(NamedTuple):
         """From what the answer says of each item."""
         details = [item.detail for item in items]
         return cls(
-            ",".join([str(item.message_id) for item in items]),
-            ",".join([str(int(item.state)) for item in items]),
+            array("q", [item.message_id for item in items]),
+            array("h", [item.state for item in items]),
             _joined([item.provider_id or "" for item in items]),
             details if any(details) else None,
             bulk_id,
@@ -529,6 +532,12 @@ def _joined_times(ats: Sequence[datetime | None]) -> str:
 
 def _columns(rows: Sequence[tuple[Any, ...]], width: int) -> list[list[Any]]:
     return [list(column) for column in zip(*rows, strict=True)] or [[] for _ in range(width)]
+
+
+async def early_mark(db: Executor) -> int:
+    """How many early receipts there have ever been, those of others included that are not committed yet: if it is what
+    an intent said, none of that attempt has come."""
+    return int(await db.fetchval(SQL["early_mark"]))
 
 
 async def rejoin_receipts(db: Executor, provider_ids: Sequence[str] | None) -> int:

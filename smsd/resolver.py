@@ -211,16 +211,18 @@ class Resolver:
         order = self._orders.setdefault(account.id, _Order())
         if known is False or order.broken:
             return False
+        order.answers += 1
+        # What the first look finds is true of those that came meanwhile; later ones do not wait for each other.
+        if order.looking is not None and not order.seen:
+            return await asyncio.shield(order.looking)
+        if order.looking is not None or order.answers < order.next_look:
+            return True
         asked = {
             item.provider_id: phone
             for item, phone in zip(items, phones, strict=True)
             if item.provider_id is not None
         }
-        order.answers += 1
-        # What the first look finds is true of those that came meanwhile; later ones do not wait for each other.
-        if order.looking is not None and not order.seen:
-            return await asyncio.shield(order.looking)
-        if not asked or order.looking is not None or order.answers < order.next_look:
+        if not asked:
             return True
         ends = {one: asked[one] for one in (next(iter(asked)), next(reversed(asked)))}
         order.looking = asyncio.ensure_future(self._look(account, order, ends))

@@ -425,7 +425,7 @@ class Sender:
         bound: structlog.stdlib.BoundLogger,
     ) -> str:
         answer = queue.Answer.of(result.items, result.bulk_id, result.status)
-        write = partial(self._write_answer, grant, intent.attempt, answer, bound)
+        write = partial(self._write_answer, grant, intent.attempt, intent.early_mark, answer, bound)
         in_order = partial(self._is_in_order, account, credentials, intent.phones, result.items)
 
         async def write_in_order() -> str:
@@ -453,6 +453,7 @@ class Sender:
         self,
         grant: queue.Grant,
         attempt: int,
+        early_mark: int | None,
         answer: queue.Answer,
         bound: structlog.stdlib.BoundLogger,
         *,
@@ -472,9 +473,14 @@ class Sender:
                     detail="the answer could not be written",
                 )
             )  # fmt: skip
-        # A receipt may have missed our result, as we may have missed it: look again in a new snapshot.
-        await database.until_written(lambda: queue.rejoin_receipts(self._pool, answer.given_ids()))
+        await database.until_written(lambda: self._look_again(early_mark, answer))
         return "done" if written else "duplicate"
+
+    async def _look_again(self, early_mark: int | None, answer: queue.Answer) -> None:
+        """A receipt may have missed our result, as we may have missed it: look again in a new snapshot, unless none
+        came since the intent. Whichever comes from now on looks when the result is committed already."""
+        if early_mark is None or await queue.early_mark(self._pool) != early_mark:
+            await queue.rejoin_receipts(self._pool, answer.given_ids())
 
     async def _act_on(
         self,

@@ -8,7 +8,7 @@ import base64
 import re
 import unicodedata
 from binascii import b2a_base64
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from functools import lru_cache
 from hashlib import blake2b
 from hmac import compare_digest
@@ -47,6 +47,7 @@ GSM7_BASIC = (
 GSM7_EXTENSION = "\f^{}\\[~]|€"
 
 _BASIC = re.compile(f"[{re.escape(GSM7_BASIC)}]*")
+_BASIC_ASCII = "".join(filter(str.isascii, GSM7_BASIC)).encode()
 _EXTENDED = re.compile(f"[{re.escape(GSM7_BASIC + GSM7_EXTENSION)}]*")
 _EXTENSION = re.compile(f"[{re.escape(GSM7_EXTENSION)}]")
 _ESCAPE = frozenset("\x1b")
@@ -68,9 +69,11 @@ def segments(text: str) -> Segments:
     What takes two units, an extension character or a surrogate pair, is not divided between two
     parts, so a part may end one short and the sum can exceed the plain division.
     """
+    # Of ASCII, as most texts are, what is left without the alphabet's characters is found in half the time.
+    if text.isascii() and not text.encode().translate(None, _BASIC_ASCII):
+        return _basic(len(text))
     if _BASIC.fullmatch(text):
-        septets = len(text)
-        return Segments("GSM-7", 1 if 0 < septets <= 160 else -(-septets // 153), septets)
+        return _basic(len(text))
     if _EXTENDED.fullmatch(text):
         septets = len(text) + sum(map(text.count, GSM7_EXTENSION))
         if septets <= 160:
@@ -80,6 +83,11 @@ def segments(text: str) -> Segments:
     upper_bytes = text.encode("utf-16-le", "surrogatepass")[1::2]
     units = len(upper_bytes)
     return Segments("UCS-2", 1 if units <= 70 else _parts(upper_bytes, 67, _HIGH_SURROGATE), units)
+
+
+@lru_cache(maxsize=1024)
+def _basic(septets: int) -> Segments:
+    return Segments("GSM-7", 1 if 0 < septets <= 160 else -(-septets // 153), septets)
 
 
 def _parts(units: Sequence[object], size: int, opening: Container[object]) -> int:
@@ -322,12 +330,25 @@ def _keyed(key: bytes) -> tuple[blake2b, blake2b]:
 
 
 @lru_cache(maxsize=64)  # a campaign's numbers come one after the other
-def _begun(key: bytes, tenant_id: int, campaign_id: int) -> tuple[bytes, blake2b]:
-    """The payload's begin, and the MAC's state after it."""
+def unsubscribe_signer(key: bytes, tenant_id: int, campaign_id: int) -> Callable[[int], str]:
+    """`sign_unsubscribe` for the numbers of one campaign, with all done that is the same for each."""
     head = _varint(tenant_id) + _varint(campaign_id)
-    state = _keyed(key)[0].copy()
-    state.update(head)
-    return head, state
+    begun = _keyed(key)[0].copy()
+    begun.update(head)
+    new_mac, new_mask = begun.copy, _keyed(key)[1].copy
+    number = int.from_bytes
+
+    def sign(phone: int) -> str:
+        tail = phone.to_bytes((phone.bit_length() + 7) // 8, "big")
+        state = new_mac()
+        state.update(tail)
+        # The last bit is set for the sake of the last character, which then is never a "-":
+        # some handsets leave a hyphen at the end out of the link.
+        mac = (number(state.digest(), "big") | 1).to_bytes(_MAC_BYTES, "big")
+        token = b2a_base64(_masked(new_mask(), mac, head + tail) + mac, newline=False)
+        return token.translate(_URL_SAFE, b"=").decode()
+
+    return sign
 
 
 def sign_unsubscribe(key: bytes, tenant_id: int, campaign_id: int, phone: int) -> str:
@@ -336,15 +357,7 @@ def sign_unsubscribe(key: bytes, tenant_id: int, campaign_id: int, phone: int) -
     Ids are 0 to 2^63 - 1, phone is E.164 digits; all characters are basic GSM-7 and need no
     quoting in a URL. The same input gives the same token.
     """
-    head, begun = _begun(key, tenant_id, campaign_id)
-    tail = phone.to_bytes((phone.bit_length() + 7) // 8, "big")
-    state = begun.copy()
-    state.update(tail)
-    # The last bit is set for the sake of the last character, which then is never a "-":
-    # some handsets leave a hyphen at the end out of the link.
-    mac = (int.from_bytes(state.digest(), "big") | 1).to_bytes(_MAC_BYTES, "big")
-    token = b2a_base64(_mask(key, mac, head + tail) + mac, newline=False)
-    return token.translate(_URL_SAFE, b"=").decode()
+    return unsubscribe_signer(key, tenant_id, campaign_id)(phone)
 
 
 def read_unsubscribe(keys: Sequence[bytes], token: str) -> tuple[int, int, int] | None:
@@ -354,15 +367,14 @@ def read_unsubscribe(keys: Sequence[bytes], token: str) -> tuple[int, int, int] 
     data = base64.urlsafe_b64decode(token + "=" * (-len(token) % 4))
     masked, mac = data[:-_MAC_BYTES], data[-_MAC_BYTES:]
     for key in keys:
-        read = _read_payload(_mask(key, mac, masked))
+        read = _read_payload(_masked(_keyed(key)[1].copy(), mac, masked))
         # Signing again leaves one spelling of a token: spare bits of base64 or of a varint fail.
         if read is not None and compare_digest(sign_unsubscribe(key, *read), token):
             return read
     return None
 
 
-def _mask(key: bytes, mac: bytes, data: bytes) -> bytes:
-    state = _keyed(key)[1].copy()
+def _masked(state: blake2b, mac: bytes, data: bytes) -> bytes:
     state.update(mac)
     stream = state.digest()[: len(data)]
     return (int.from_bytes(data, "big") ^ int.from_bytes(stream, "big")).to_bytes(len(data), "big")

@@ -427,6 +427,24 @@ async def test_an_early_receipt_that_comes_again_is_kept_once(pool: database.Poo
     assert [tuple(row) for row in rows] == [(None, FAILED), (None, DELIVERED), (7, FAILED)]
 
 
+async def test_the_mark_of_early_receipts_moves_with_each_whether_or_not_it_is_committed_or_still_there(
+    pool: database.Pool,
+) -> None:
+    marks = [await queue.early_mark(pool)]
+    async with pool.acquire() as db:
+        transaction = db.transaction()
+        await transaction.start()
+        await queue.apply_receipts(db, [receipt("a", DELIVERED)])
+        marks.append(await queue.early_mark(pool))
+        await transaction.rollback()
+    await queue.apply_receipts(pool, [receipt("b", DELIVERED)])
+    marks.append(await queue.early_mark(pool))
+    await pool.execute("delete from early_receipt")
+    await queue.apply_receipts(pool, [receipt("c", DELIVERED)])
+    marks.append(await queue.early_mark(pool))
+    assert marks == sorted(set(marks))
+
+
 async def test_early_receipts_that_came_and_went_cost_the_next_ones_nothing(
     pool: database.Pool,
 ) -> None:

@@ -44,9 +44,14 @@ insert into batch (campaign_id, lane_id, tenant_id, account_id, first_id, last_i
 select $1, $2, $3, $4, u.first_id, u.last_id, u.last_id - u.first_id + 1, u.segments, $5
   from unnest($6::bigint[], $7::bigint[], $8::int[]) as u(first_id, last_id, segments);
 
--- name: count_skipped
--- What the chunk left out, with a reason each.
-select count_messages($1, 0, 0, 0, 0, 0, $2, 0);
+-- name: add_skipped
+-- What the chunk left out, with ids from $2 on and a reason each; and counted.
+with skipped as (
+  insert into message (campaign_id, id, phone, state, reason, detail, finished_at)
+  select $1, $2 + u.place - 1, u.phone, $3, u.reason, u.detail, clock_timestamp()
+    from unnest($4::bigint[], $5::text[], $6::text[]) with ordinality as u(phone, reason, detail, place)
+  returning 1)
+select count_messages($1, 0, 0, 0, 0, 0, (select count(*) from skipped), 0);
 
 -- name: settle_hold
 -- Moves the part of the estimated hold that stands for this chunk to its exact figure. held is false where credits do

@@ -44,7 +44,9 @@ select null, 0, 0, 0, 0, null, clock_us(), 'recovery', 0 where not instance_is_k
 
 -- name: intent
 -- Durable word that the batch is about to be posted, after one more look at whether it may be; and what to post.
-select verdict, attempt, sender, ids, phones, texts from intent($1, $2, $3);
+select verdict, attempt, sender, ids, phones, texts,
+       coalesce(pg_sequence_last_value('early_receipt_id_seq'), 0) as early_mark
+  from intent($1, $2, $3);
 
 -- name: withdraw
 -- Back to its place with the grant returned, as long as nothing left.
@@ -65,13 +67,13 @@ select retake_slot($1, $2, $3, $4, $5);
 
 -- name: settle_items
 -- Mitto's answer item by item: states, ids, credits, counters. False after a newer attempt.
-select settle_items($1, $2, string_to_array($3, ',')::bigint[], string_to_array($4, ',')::smallint[],
-                    string_to_array($5, E'\n', ''), coalesce($6, array_fill(null::text, array[1])), $7, $8);
+select settle_items($1, $2, $3, $4, string_to_array($5, E'\n', ''),
+                    coalesce($6, array_fill(null::text, array[1])), $7, $8);
 
 -- name: settle_unmapped
 -- An answer whose ids may be anybody's of the batch. False after a newer attempt.
-select settle_unmapped($1, $2, string_to_array($3, ',')::bigint[], string_to_array($4, ',')::smallint[],
-                       string_to_array($5, E'\n', ''), coalesce($6, array_fill(null::text, array[1])), $7, $8);
+select settle_unmapped($1, $2, $3, $4, string_to_array($5, E'\n', ''),
+                       coalesce($6, array_fill(null::text, array[1])), $7, $8);
 
 -- name: settle_batch
 -- One outcome for the whole batch; tells what became of it.
@@ -104,6 +106,10 @@ select u.account_id, u.body, min(u.why)
 -- name: rejoin_receipts
 -- Early receipts whose message is known by now.
 select rejoin_receipts(string_to_array($1, E'\n'));
+
+-- name: early_mark
+-- The newest early receipt, committed or not: a sequence knows no transactions.
+select coalesce(pg_sequence_last_value('early_receipt_id_seq'), 0);
 
 -- name: sweep_early_receipts
 -- The next early receipts by id, however old: matched, left, or given up after a day.
