@@ -47,10 +47,11 @@ class Renderer:
         link_url: str | None,
     ) -> None:
         self._template, self._link_url = template, link_url
-        self._sign = text.unsubscribe_signer(keys[0], tenant_id, campaign_id)
-        self._link_begin = f"{link_base}/u/"
         tags = set(template.tags)
-        self._wants_unsubscribe, self._wants_phone = _UNSUBSCRIBE in tags, _PHONE in tags
+        self._wants_phone = _PHONE in tags
+        self._link_begin, self._sign = f"{link_base}/u/", None
+        if _UNSUBSCRIBE in tags:  # who sends no link needs no key
+            self._sign = text.unsubscribe_signer(keys[0], tenant_id, campaign_id)
         self._columns = [(key, column) for key, column in contacts.COLUMNS.items() if key in tags]
         self._of_contacts = tags - _OWN
         self._wants_attributes = not self._of_contacts <= contacts.COLUMNS.keys()
@@ -90,7 +91,7 @@ class Renderer:
             values = self._attributes(recipient) | values
         if self._wants_phone:
             values[_PHONE] = text.plus(phone)
-        if self._wants_unsubscribe:
+        if self._sign is not None:
             values[_UNSUBSCRIBE] = self._link_begin + self._sign(phone)
         return values
 

@@ -462,6 +462,13 @@ def test_a_tag_stands_for_a_column_or_else_for_an_attribute(
     assert renderer(template).render(row(**values)) == Rendered(306900000001, rendered, 1)
 
 
+def test_a_text_without_a_link_needs_no_key() -> None:
+    keyless = Renderer(
+        text.Template("Hi {{firstName}}"), keys=(), link_base=BASE, tenant_id=3, campaign_id=4, link_url=None
+    )  # fmt: skip
+    assert keyless.render(row(first_name="Ada")) == Rendered(306900000001, "Hi Ada", 1)
+
+
 def test_links_are_the_campaign_s_own_and_the_recipient_s_own() -> None:
     one = renderer("{{link}} {{unsubscribeUrl}}", "https://shop.example/sale").render(row())
     assert isinstance(one, Rendered)
