@@ -8,6 +8,7 @@ what the path always takes. What had to be sent again arrived by the time of the
 """
 
 import asyncio
+import math
 import socket
 import struct
 import sys
@@ -61,10 +62,13 @@ def _ask(transport: asyncio.Transport) -> _Kernel | None:
 class Watch:
     """Watches one request from before its first byte is written until it is answered or given up."""
 
-    def __init__(self, on_unseen: Callable[[], None] | None = None) -> None:
-        """`on_unseen` is called a quarter of a second after the write, and again and again, while it is not known to
-        have arrived; never where the kernel cannot tell."""
-        self._on_unseen = on_unseen
+    def __init__(
+        self, on_unseen: Callable[[], None] | None = None, late_from: float = math.inf
+    ) -> None:
+        """`on_unseen` is called at once where it left after `late_from` (`clock()`): this process stood still between
+        its gate and the write. And a quarter of a second after the write, and again and again, while it is not known to
+        have arrived; not that where the kernel cannot tell."""
+        self._on_unseen, self._late_from = on_unseen, late_from
         self._transport: asyncio.Transport | None = None
         self._sent_again = 0
         self._left_at: float | None = None
@@ -78,6 +82,8 @@ class Watch:
 
     def written(self) -> None:
         """Every byte was handed to the connection."""
+        if self._on_unseen is not None and clock() > self._late_from:
+            self._on_unseen()
         if self._transport is not None:
             self._timer = asyncio.get_running_loop().call_soon(self._look, 0)
 

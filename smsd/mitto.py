@@ -8,6 +8,7 @@ message costs a look, one posted twice costs money and trust.
 
 import asyncio
 import hashlib
+import math
 import re
 import select
 import time
@@ -580,16 +581,18 @@ class Client:
         gate: Callable[[], None],
         starts_at: float = 0.0,
         on_unseen: Callable[[], None] | None = None,
+        late_from: float = math.inf,
     ) -> Result:
         """Post `items` once, not before `starts_at` (`clock()`), and say what came of it.
 
         `gate` is called once, with the connection in hand, before the first byte; what it raises
-        (`Withdrawn`) comes out of here and nothing has left. `on_unseen`: see `arrival.Watch`.
+        (`Withdrawn`) comes out of here and nothing has left. `on_unseen`, `late_from`: see
+        `arrival.Watch`.
         Every failure of network or provider is a Result. Cancelling raises CancelledError and
         leaves the POST as good as unknown once the gate was passed: shield the call to keep what
         it answers.
         """
-        watch = arrival.Watch(on_unseen)
+        watch = arrival.Watch(on_unseen, late_from)
         body = _Body(encode(account, items), gate, starts_at, watch)
         path = SEND_PATH if len(items) == 1 else BULK_PATH
         status = None

@@ -25,6 +25,8 @@ GUARD_US = 30_000
 """J: how much later than its slot a request may arrive and still be inside the limiter's window; `guard_us()` in SQL."""
 GATE_US = GUARD_US // 3
 """How much later than its slot a request may leave; the rest of the guard is for its way, and for being read."""
+LATE_US = 2 * GATE_US
+"""How much later than its slot a request may have left and still count at it, until its answer tells more."""
 HORIZON_US = 100_000
 """How far ahead of now slots are given; also what a newcomer waits for on a saturated account."""
 

@@ -310,6 +310,7 @@ class Sender:
                     self._gate(account, place.grant),
                     starts_at,
                     lambda: place.keep(self._pool, account.row.id),
+                    self._clock.maybe_at(place.grant.slot_us + queue.LATE_US),
                 )
             except _Missed as missed:
                 retakes += 1

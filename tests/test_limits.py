@@ -26,7 +26,7 @@ from support import (
     take_the_clock,
 )
 
-from smsd import arrival, config, database, mitto, queue
+from smsd import arrival, config, database, faults, mitto, queue
 from smsd.model import Outcome
 from smsd.pace import Pace, Place
 from smsd.queue import Grant
@@ -288,6 +288,46 @@ async def test_a_request_that_was_answered_later_than_all_others_stays_counted(
         provider.switches.latency_seconds = 0.0
         await at_work.until_done()
         assert at_work.sender.counts["late"] > before
+    assert provider.ledger.worst_second("main") <= 20
+
+
+async def test_a_request_that_left_late_is_counted_from_then_before_its_answer_comes(
+    pool: database.Pool, account: int, shop: Shop, provider: Simulator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The process stands still between gate and write, and the answer comes when its slot's second is over."""
+    await change_account(pool, account, requests_per_second=20)
+    provider.switches.latency_seconds = 0.95
+    await shop.sending(60, batch_size=1)
+    passed, stood_still = 0, asyncio.Event()
+    slot_us = 0
+
+    def stand_still(name: str) -> None:
+        nonlocal passed, slot_us
+        passed += name == "gate.passed"
+        if name == "gate.passed" and passed == 30:
+            slot_us = time.time_ns() // 1000
+            time.sleep(0.15)  # the whole process
+            stood_still.set()
+
+    monkeypatch.setattr(faults, "point", stand_still)
+
+    async def counted() -> list[int]:
+        """When the requests of the log count."""
+        log = await pool.fetchrow(
+            "select ts, cum, base from rate where scope = 1 order by version desc limit 1"
+        )
+        assert log is not None
+        before = [log["base"], *log["cum"]]
+        return [at for at, less, n in zip(log["ts"], before, log["cum"], strict=False) if n > less]
+
+    async with sending(pool, shop.replica_id, provider.url) as at_work:
+        async with asyncio.timeout(10):
+            await stood_still.wait()
+        async with asyncio.timeout(0.6):  # the answer would tell it too late
+            while any(abs(at - slot_us) < 20_000 for at in await counted()):
+                await asyncio.sleep(0.01)
+        await at_work.until_done()
     assert provider.ledger.worst_second("main") <= 20
 
 
