@@ -330,7 +330,7 @@ def _plain_ids(results: Sequence[object]) -> list[str] | None:
     try:
         ids: list[str] = [element["messageId"] for element in results]  # type: ignore[index]
         joined = "".join(ids)
-    except (KeyError, TypeError, IndexError):
+    except (KeyError, TypeError):
         return None
     # What is printable and no space has no white space; and each is there once.
     if not joined.isprintable() or " " in joined or len(set(ids)) < len(ids):
