@@ -422,10 +422,11 @@ class Bench:
                     return
 
     async def _will_be_asked(self) -> bool:
-        """Whether Mitto is about to be asked, once more or at all, about a receipt whose id nobody knows. One that is
-        due for a minute is asked about by nobody: that is for the judge."""
+        """Whether Mitto is about to be asked, once more or at all, about a receipt whose id nobody knows: a new one has
+        no time to be asked at, it is due from its arrival on. One that is due for a minute is asked about by nobody:
+        that is for the judge."""
         soon = (
-            "asked < 5 and next_ask_at between clock_timestamp() - interval '60 seconds'"
+            "asked < 5 and greatest(next_ask_at, received_at) between clock_timestamp() - interval '60 seconds'"
             " and clock_timestamp() + interval '40 seconds'"
         )
         rows = await self.execute(f"select exists (select from early_receipt where {soon}) as soon")
