@@ -452,9 +452,8 @@ class _Body(aiohttp.Payload):
 class _Question:
     """One GET: leaves once, if its gate lets it. aiohttp would repeat it by itself, without a grant."""
 
-    def __init__(self, gate: Callable[[], None]) -> None:
-        self._gate = gate
-        self.watch = arrival.Watch()
+    def __init__(self, gate: Callable[[], None], watch: arrival.Watch) -> None:
+        self._gate, self.watch = gate, watch
         self.left = False
         self.withheld: BaseException | None = None
 
@@ -629,10 +628,15 @@ class Client:
         )
 
     async def fetch(
-        self, account: Account, provider_id: str, gate: Callable[[], None] = lambda: None
+        self,
+        account: Account,
+        provider_id: str,
+        gate: Callable[[], None] = lambda: None,
+        on_unseen: Callable[[], None] | None = None,
+        late_from: float = math.inf,
     ) -> Fetched:
-        """Ask once for one message by the provider's id. `gate` as in `send`."""
-        question = _Question(gate)
+        """Ask once for one message by the provider's id. `gate`, `on_unseen`, `late_from` as in `send`."""
+        question = _Question(gate, arrival.Watch(on_unseen, late_from))
         _QUESTION.set(question)
         path = MESSAGE_PATH.format(message_id=quote(provider_id, safe=""))
         try:

@@ -55,20 +55,28 @@ class Recent:
 
 
 class Place:
-    """Where a request stands in the limiter's window: at its slot, or later as long as nobody knows that it arrived."""
+    """Where a request stands in the limiter's window: at its slot, or later where it left late or as long as nobody
+    knows that it arrived."""
 
-    def __init__(self, claimed: queue.Grant) -> None:
+    def __init__(
+        self, pool: Pool, clock: queue.DatabaseClock, account_id: int, claimed: queue.Grant
+    ) -> None:
+        self._pool, self._clock, self._account_id = pool, clock, account_id
         self.claimed = self.grant = claimed
         self._moved: asyncio.Task[queue.Grant] | None = None
 
-    def keep(self, pool: Pool, account_id: int) -> None:
+    def late_from(self) -> float:
+        """The `mitto.clock` from which on it leaves too late to be counted at its slot."""
+        return self._clock.maybe_at(self.grant.slot_us + queue.LATE_US)
+
+    def keep(self) -> None:
         """It may still be under way: counted as if it left now."""
         if self._moved is None or self._moved.done():
-            self._moved = asyncio.create_task(self._move(pool, account_id, self._now()))
+            self._moved = asyncio.create_task(self._move(self._now()))
 
-    async def _move(self, pool: Pool, account_id: int, counted: queue.Grant) -> queue.Grant:
+    async def _move(self, counted: queue.Grant) -> queue.Grant:
         try:
-            until_us = await queue.arrived_late(pool, account_id, counted)
+            until_us = await queue.arrived_late(self._pool, self._account_id, counted)
         except database.AWAY:
             return counted
         return counted._replace(slot_us=until_us)
@@ -79,6 +87,19 @@ class Place:
     async def counted(self) -> queue.Grant:
         """The grant with the time at which it is counted."""
         return await self._moved if self._moved is not None else self.grant
+
+    async def count_late(self, arrived_by: float | None) -> bool:
+        """Where it may have arrived (`mitto.clock`; None: it never left) later than its slot allows, it is counted from
+        then on; whether it is."""
+        counted = await self.counted()
+        latest = self._clock.maybe_at(self.grant.slot_us + queue.GUARD_US)
+        if arrived_by is None or arrived_by <= latest:
+            return False
+        until_us = self._clock.us_at(arrived_by)
+        await database.until_written(
+            lambda: queue.arrived_late(self._pool, self._account_id, counted, until_us)
+        )
+        return True
 
 
 class TooLate(Exception):  # noqa: N818 - a fact: there is no slot in time
@@ -92,7 +113,7 @@ class TooLate(Exception):  # noqa: N818 - a fact: there is no slot in time
 class Turn(NamedTuple):
     """A slot that has come; `gate` is for `mitto.Client`: past the slot it raises Withdrawn."""
 
-    slot_us: int
+    place: Place
     gate: Callable[[], None]
 
 
@@ -108,11 +129,13 @@ class Questions:
         while True:
             turn = await self.turn(account.id, deadline)
             try:
-                fetched = await self._client.fetch(account, provider_id, turn.gate)
+                fetched = await self._client.fetch(
+                    account, provider_id, turn.gate, turn.place.keep, turn.place.late_from()
+                )
             except mitto.Withdrawn:
                 await self.give_back(account.id, turn)
                 continue
-            await self.count_late(account.id, turn, fetched.arrived_by)
+            await turn.place.count_late(fetched.arrived_by)
             return fetched
 
     async def turn(self, account_id: int, deadline: float) -> Turn:
@@ -129,7 +152,8 @@ class Questions:
                 raise TooLate(at - mitto.clock())
             await asyncio.sleep(max(0.0 if slot else 0.001, at - mitto.clock()))
             if slot is not None:
-                return Turn(slot, self._gate(slot))
+                grant = queue.Grant(0, 0, 0, tenant_id=0, n=0, slot_us=slot)
+                return Turn(Place(self._pool, self._clock, account_id, grant), self._gate(slot))
         raise TooLate(0.0)
 
     def _gate(self, slot_us: int) -> Callable[[], None]:
@@ -143,17 +167,7 @@ class Questions:
 
     async def give_back(self, account_id: int, turn: Turn) -> None:
         """A turn that was not used: its gate was shut."""
-        await queue.give_back_request(self._pool, account_id, turn.slot_us)
-
-    async def count_late(self, account_id: int, turn: Turn, arrived_by: float | None) -> None:
-        """A request that may have arrived later than its slot allows is counted from then on."""
-        if arrived_by is None or arrived_by <= self._clock.maybe_at(turn.slot_us + queue.GUARD_US):
-            return
-        until_us = self._clock.us_at(arrived_by)
-        grant = queue.Grant(0, 0, 0, tenant_id=0, n=0, slot_us=turn.slot_us)
-        await database.until_written(
-            lambda: queue.arrived_late(self._pool, account_id, grant, until_us)
-        )
+        await queue.give_back_request(self._pool, account_id, turn.place.grant.slot_us)
 
 
 class Pace:

@@ -303,11 +303,13 @@ class _Probe:
             except TooLate as late:
                 raise self._no_time(late) from None
             try:
-                result = await self.client.send(self.account, items, turn.gate)
+                result = await self.client.send(
+                    self.account, items, turn.gate, 0.0, turn.place.keep, turn.place.late_from()
+                )
             except mitto.Withdrawn:
                 await self.questions.give_back(self.account.id, turn)
                 continue
-            await self.questions.count_late(self.account.id, turn, result.arrived_by)
+            await turn.place.count_late(result.arrived_by)
             if result.outcome is Outcome.THROTTLED:
                 await self._wait_as_told(result.status, result.retry_after_seconds)
             elif result.outcome is not Outcome.NEVER_LEFT:

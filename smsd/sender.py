@@ -214,7 +214,7 @@ class Sender:
             self._memory.posted(grant, intent)
             bound = bound.bind(attempt=intent.attempt)
             credentials = self._credentials(account.row)
-            place = Place(grant)
+            place = Place(self._pool, self._clock, account.row.id, grant)
             try:
                 result = await self._post(account, credentials, place, intent)
             except mitto.Withdrawn as withdrawn:
@@ -222,7 +222,7 @@ class Sender:
                 return
             account.answered(grant, result)
             self.counts["throttled"] += result.outcome is Outcome.THROTTLED
-            await self._count_late(account, place, result)
+            self.counts["late"] += await place.count_late(account.arrived_by(result))
             await self._settle(account, credentials, place.grant, intent, result, bound)
             await self._tell_breaker(account, result.detail)
         except Exception:
@@ -309,8 +309,8 @@ class Sender:
                     items,
                     self._gate(account, place.grant),
                     starts_at,
-                    lambda: place.keep(self._pool, account.row.id),
-                    self._clock.maybe_at(place.grant.slot_us + queue.LATE_US),
+                    place.keep,
+                    place.late_from(),
                 )
             except _Missed as missed:
                 retakes += 1
@@ -348,20 +348,6 @@ class Sender:
             return None
         self._intent_seconds[single].add(mitto.clock() - before)
         return moved
-
-    async def _count_late(self, account: Pace, place: Place, result: mitto.Result) -> None:
-        """A request that may have arrived later than its slot allows is counted from then on."""
-        arrived_by = account.arrived_by(result)
-        counted = await place.counted()
-        if arrived_by is None or arrived_by <= self._clock.maybe_at(
-            place.grant.slot_us + queue.GUARD_US
-        ):
-            return
-        self.counts["late"] += 1
-        until_us = self._clock.us_at(arrived_by)
-        await database.until_written(
-            lambda: queue.arrived_late(self._pool, account.row.id, counted, until_us)
-        )
 
     async def _tell_breaker(self, account: Pace, detail: str) -> None:
         """Writes that this replica's breaker opened or closed, for whoever asks why work waits."""

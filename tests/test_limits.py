@@ -28,7 +28,7 @@ from support import (
 
 from smsd import arrival, config, database, faults, mitto, queue
 from smsd.model import Outcome
-from smsd.pace import Pace, Place
+from smsd.pace import Pace, Place, Questions
 from smsd.queue import Grant
 from smsd.simulator import Simulator, Switches
 
@@ -265,10 +265,10 @@ async def test_what_nobody_knows_to_have_arrived_is_counted_as_if_it_left_now(
     await change_tenant(pool, shop.id, requests_per_second=1)
     await shop.sending(20, batch_size=1)
     (grant,) = (await ask(shop)).grants
-    place = Place(grant)
+    place = Place(pool, queue.DatabaseClock(), shop.account_id, grant)
     for _ in range(3):
         await clock.move(400_000)
-        place.keep(pool, shop.account_id)
+        place.keep()
         counted = await place.counted()
         assert counted.slot_us == clock.now_us
     (later, *_) = await run(shop, clock, 2 * SECOND_US)
@@ -311,24 +311,55 @@ async def test_a_request_that_left_late_is_counted_from_then_before_its_answer_c
             stood_still.set()
 
     monkeypatch.setattr(faults, "point", stand_still)
-
-    async def counted() -> list[int]:
-        """When the requests of the log count."""
-        log = await pool.fetchrow(
-            "select ts, cum, base from rate where scope = 1 order by version desc limit 1"
-        )
-        assert log is not None
-        before = [log["base"], *log["cum"]]
-        return [at for at, less, n in zip(log["ts"], before, log["cum"], strict=False) if n > less]
-
     async with sending(pool, shop.replica_id, provider.url) as at_work:
         async with asyncio.timeout(10):
             await stood_still.wait()
-        async with asyncio.timeout(0.6):  # the answer would tell it too late
-            while any(abs(at - slot_us) < 20_000 for at in await counted()):
-                await asyncio.sleep(0.01)
+        await leaves_its_slot(pool, slot_us)
         await at_work.until_done()
     assert provider.ledger.worst_second("main") <= 20
+
+
+async def leaves_its_slot(pool: database.Pool, slot_us: int) -> None:
+    """Returns once no request of the account counts at that time; TimeoutError where an answer would tell it too late."""
+    newest = "select ts, cum, base from rate where scope = 1 order by version desc limit 1"
+    async with asyncio.timeout(0.6):
+        while True:
+            log = await pool.fetchrow(newest)
+            assert log is not None
+            before = [log["base"], *log["cum"]]
+            counted = [
+                at for at, less, n in zip(log["ts"], before, log["cum"], strict=False) if n > less
+            ]
+            if all(abs(at - slot_us) >= 20_000 for at in counted):
+                return
+            await asyncio.sleep(0.01)
+
+
+async def test_a_look_up_that_left_late_is_counted_from_then_before_its_answer_comes(
+    pool: database.Pool, account: int, provider: Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    provider.switches.latency_seconds = 0.95
+    stood_still, slot_us = asyncio.Event(), 0
+
+    def stand_still(question: mitto._Question) -> None:
+        nonlocal slot_us
+        pass_gate(question)
+        slot_us = time.time_ns() // 1000
+        time.sleep(0.15)  # the whole process
+        stood_still.set()
+
+    pass_gate = mitto._Question.pass_gate
+    monkeypatch.setattr(mitto._Question, "pass_gate", stand_still)
+    async with mitto.Client(provider.url, 5) as client:
+        credentials = mitto.Account(account, "main", "key", "refused")
+        asked = asyncio.create_task(
+            Questions(pool, client, None).ask(credentials, "01", mitto.clock() + 5)
+        )
+        async with asyncio.timeout(5):
+            await stood_still.wait()
+        await leaves_its_slot(pool, slot_us)
+        assert not asked.done()
+        assert (await asked).status == 404
 
 
 # ------------------------------------------------------------------------------- messages and segments

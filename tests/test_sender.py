@@ -510,11 +510,10 @@ async def test_nobody_waits_for_a_slot_that_a_clock_put_an_hour_ahead(
     sender._clock.observe(clock(), clock(), 1_000_000_000)
     grant = queue.Grant(1, 1, 1, 1, 1, 4_600_000_000)
     intent = queue.Intent("post", 1, "Shop", [1], [306900000001], ["Hi"])
+    place = Place(pool, sender._clock, 1, grant)
     async with client, asyncio.timeout(5):
         with pytest.raises(Withdrawn, match="stepped back"):
-            await sender._post(
-                one_account(), Account(1, "main", "key", "refused"), Place(grant), intent
-            )
+            await sender._post(one_account(), Account(1, "main", "key", "refused"), place, intent)
     assert mitto.ledger.requests == []
 
 
