@@ -19,6 +19,7 @@ from smsd.model import MessageState, Reason
 SQL = database.queries("expansions")
 
 _ROWS_BETWEEN_YIELDS = 500
+_SKIPPED_AT_ONCE = 1_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,11 +179,12 @@ async def _add_messages(
             records=_with_pauses(rows),
             columns=["campaign_id", "id", "phone", "text", "segments"],
         )
-    if skipped:
+    for start in range(0, len(skipped), _SKIPPED_AT_ONCE):
+        some = skipped[start : start + _SKIPPED_AT_ONCE]
         await connection.execute(
             SQL["add_skipped"],
-            expansion.campaign_id, first_id + len(rendered), int(MessageState.SKIPPED),
-            [one.phone for one in skipped], [one.reason for one in skipped], [one.detail for one in skipped],
+            expansion.campaign_id, first_id + len(rendered) + start, int(MessageState.SKIPPED),
+            [one.phone for one in some], [one.reason for one in some], [one.detail for one in some],
         )  # fmt: skip
     return first_id
 

@@ -26,6 +26,7 @@ import aiohttp
 import orjson
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.connector import Connection
+from aiohttp.http import StreamWriter
 
 from smsd import arrival, faults
 from smsd.arrival import clock as clock
@@ -441,11 +442,14 @@ class _Body(aiohttp.Payload):
         faults.point("gate.passed")
 
     async def write(self, writer: AbstractStreamWriter) -> None:
+        assert isinstance(writer, StreamWriter)
         if self.passed_at is None:  # an aiohttp that no longer calls `_GatedRequest.send`
             self.pass_gate()
         self.left = True
-        await writer.write(self._value)
+        # Watched before the connection has taken all of it: that may take long.
+        await writer.write(self._value, drain=False)
         self.watch.written()
+        await writer.drain()
         faults.point("body.sent")
 
 

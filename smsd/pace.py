@@ -77,7 +77,9 @@ class Place:
     async def _move(self, counted: queue.Grant) -> queue.Grant:
         try:
             until_us = await queue.arrived_late(self._pool, self._account_id, counted)
-        except database.AWAY:
+        except Exception as error:  # whatever it is, the answer is worth more
+            if not isinstance(error, database.AWAY):
+                log.exception("late.not_counted", account=self._account_id)
             return counted
         return counted._replace(slot_us=until_us)
 
@@ -86,20 +88,26 @@ class Place:
 
     async def counted(self) -> queue.Grant:
         """The grant with the time at which it is counted."""
-        return await self._moved if self._moved is not None else self.grant
+        # Who is cancelled while waiting takes it not along.
+        return await asyncio.shield(self._moved) if self._moved is not None else self.grant
 
     async def count_late(self, arrived_by: float | None) -> bool:
         """Where it may have arrived (`mitto.clock`; None: it never left) later than its slot allows, it is counted from
-        then on; whether it is."""
-        counted = await self.counted()
-        latest = self._clock.maybe_at(self.grant.slot_us + queue.GUARD_US)
-        if arrived_by is None or arrived_by <= latest:
+        then on; whether it is. What left late and arrived in time all the same is counted at its slot again."""
+        counted, slot_us = await self.counted(), self.grant.slot_us
+        if arrived_by is None:
             return False
-        until_us = self._clock.us_at(arrived_by)
-        await database.until_written(
-            lambda: queue.arrived_late(self._pool, self._account_id, counted, until_us)
-        )
-        return True
+        late = arrived_by > self._clock.maybe_at(slot_us + queue.GUARD_US)
+        if not late and not slot_us < counted.slot_us <= slot_us + queue.GUARD_US:
+            return False
+        until_us = self._clock.us_at(arrived_by) if late else slot_us
+        try:
+            await database.until_written(
+                lambda: queue.arrived_late(self._pool, self._account_id, counted, until_us)
+            )
+        except Exception:
+            log.exception("late.not_counted", account=self._account_id)
+        return late
 
 
 class TooLate(Exception):  # noqa: N818 - a fact: there is no slot in time

@@ -232,11 +232,15 @@ class Resolver:
         """Compares the numbers of these ids. One that tells nothing is made up for soon, and more seldom each time."""
         seen: list[tuple[int | None, int]] = []
         began = order.answers
-        with contextlib.suppress(*database.AWAY):  # a TimeoutError as well
+        try:
             async with asyncio.timeout(ORDER_SECONDS):
                 for provider_id, phone in ends.items():
                     seen.append((await self._destination(account, provider_id), phone))
-        order.looking = None
+        except Exception as error:  # an answer that nobody could look at is an answer all the same
+            if not isinstance(error, database.AWAY):  # a TimeoutError is
+                log.exception("order.look_failed", account=account.id)
+        finally:
+            order.looking = None
         if any(found not in (None, phone) for found, phone in seen):
             await self._break(account, order)
             return False

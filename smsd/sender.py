@@ -222,7 +222,8 @@ class Sender:
                 return
             account.answered(grant, result)
             self.counts["throttled"] += result.outcome is Outcome.THROTTLED
-            self.counts["late"] += await place.count_late(account.arrived_by(result))
+            late = await place.count_late(account.arrived_by(result))
+            self.counts["late"] += late
             await self._settle(account, credentials, place.grant, intent, result, bound)
             await self._tell_breaker(account, result.detail)
         except Exception:
@@ -412,7 +413,7 @@ class Sender:
         bound: structlog.stdlib.BoundLogger,
     ) -> str:
         answer = queue.Answer.of(result.items, result.bulk_id, result.status)
-        write = partial(self._write_answer, grant, intent.attempt, intent.early_mark, answer, bound)
+        write = partial(self._write_answer, grant, intent.attempt, answer, bound)
         in_order = partial(self._is_in_order, account, credentials, intent.phones, result.items)
 
         async def write_in_order() -> str:
@@ -422,7 +423,8 @@ class Sender:
         mapped = await in_order()
         # From here on the answer alone is remembered, and not all that it was read from.
         self._memory.settling(grant, partial(write, mapped=mapped), sent=True)
-        return await write(mapped=mapped)
+        # Who writes it again may do so to another database, in which the mark says nothing.
+        return await write(mapped=mapped, early_mark=intent.early_mark)
 
     async def _is_in_order(
         self,
@@ -440,11 +442,11 @@ class Sender:
         self,
         grant: queue.Grant,
         attempt: int,
-        early_mark: int | None,
         answer: queue.Answer,
         bound: structlog.stdlib.BoundLogger,
         *,
         mapped: bool,
+        early_mark: int | None = None,
     ) -> str:
         batch_id = grant.batch_id
         try:

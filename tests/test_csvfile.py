@@ -266,7 +266,7 @@ CELLS: dict[str, tuple[str, str, object]] = {
 }
 _FIELDS = b"phone,gender,birthday,isSubscribed,email"
 _ORDER = ["phone", "gender", "birthday", "subscribed", "email"]
-TOMORROW = (datetime.now(UTC).date() + timedelta(days=1)).isoformat()
+TOMORROW = "tomorrow"
 BAD_CELLS: dict[str, tuple[str, str, str]] = {
     "no phone": ("phone", "", "is not a phone number"),
     "words": ("phone", "call me", "'call me' is not a phone number; taken are international"),
@@ -301,6 +301,8 @@ def test_cells_are_read_in_the_usual_spellings(name: str) -> None:
 @pytest.mark.parametrize("name", BAD_CELLS)
 def test_a_cell_that_cannot_be_taken_is_told_with_its_value(name: str) -> None:
     field, cell, says = BAD_CELLS[name]
+    if cell == TOMORROW:
+        cell = (datetime.now(UTC).date() + timedelta(days=1)).isoformat()
     with pytest.raises(CellError) as refused:
         columns(_FIELDS).contact(a_row(field, cell), "GR")
     assert says in str(refused.value)

@@ -743,6 +743,27 @@ async def test_a_connection_closed_before_the_request_is_read_is_unknown() -> No
     assert result.left_at is not None
 
 
+async def test_a_body_that_the_connection_does_not_take_is_watched_all_the_while() -> None:
+    """Larger than every buffer on the way: the write waits for a provider that does not read."""
+    unseen, over = asyncio.Event(), asyncio.Event()
+
+    async def deaf(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await over.wait()
+        writer.transport.abort()
+
+    taps = socket.create_server(("127.0.0.1", 0))
+    taps.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    server = await asyncio.start_server(deaf, sock=taps, limit=1024)
+    items = [ITEMS[0]._replace(text="x" * 20_000)] * 500
+    async with server, mitto.Client(f"http://127.0.0.1:{taps.getsockname()[1]}", 10) as client:
+        posting = asyncio.create_task(client.send(ACCOUNT, items, Gate(), on_unseen=unseen.set))
+        async with asyncio.timeout(5):
+            await unseen.wait()
+        assert not posting.done()
+        over.set()
+        assert (await posting).outcome is Outcome.UNKNOWN
+
+
 async def test_a_cancelled_post_stays_cancelled_and_closes_its_connection() -> None:
     arrived, gone = asyncio.Event(), asyncio.Event()
 

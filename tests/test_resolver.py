@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import asyncpg
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
@@ -69,8 +70,8 @@ class Work:
 async def working(
     pool: database.Pool, replica_id: int, url: str, patience_seconds: float = 0.0, **settings: Any
 ) -> AsyncIterator[Work]:
-    """Time-out 0.3 s, retries after 20 ms."""
-    given = {"mitto_timeout": 0.3, "backoff_seconds": 0.02} | settings
+    """Retries after 20 ms."""
+    given = {"mitto_timeout": 5, "backoff_seconds": 0.02} | settings
     loaded = config.load({f"SMSD_{name.upper()}": str(value) for name, value in given.items()})
     settled = asyncio.Event()
     standing = queue.Standing("test", 30, replica_id, mitto.clock())
@@ -151,7 +152,7 @@ async def test_a_single_message_is_found_too(
 ) -> None:
     provider.switches.accept_then_hang = 1.0
     await single(shop, shop.phones)
-    async with working(pool, shop.replica_id, provider.url) as work:
+    async with working(pool, shop.replica_id, provider.url, mitto_timeout=0.3) as work:
         await work.until_done()
         await receive(pool, ids_of(provider))
         await work.resolve()
@@ -281,7 +282,7 @@ async def test_an_attempt_that_is_not_over_decides_nothing_yet(
 ) -> None:
     provider.switches.accept_then_hang = 1.0
     await single(shop, shop.phones)
-    async with working(pool, shop.replica_id, provider.url, mitto_timeout=1) as work:
+    async with working(pool, shop.replica_id, provider.url, mitto_timeout=4) as work:
         await provider.accepted_reached(1)
         [message_id] = ids_of(provider)
         await pool.execute("update batch set unsure = 1")  # as if something else were unresolved
@@ -463,7 +464,7 @@ async def test_a_single_message_whose_caller_wants_it_rather_twice_is_posted_aga
     provider.switches.hang_before_accept = 1.0
     provider.switches.faults_left = 1
     await single(shop, shop.phones, on_unknown="resend")
-    async with working(pool, shop.replica_id, provider.url) as work:
+    async with working(pool, shop.replica_id, provider.url, mitto_timeout=0.3) as work:
         await work.until_done()
         await work.resolver.round()
         await work.until_done()
@@ -497,7 +498,7 @@ async def test_an_account_that_shuffles_its_answers_is_found_out_before_ids_are_
 ) -> None:
     provider.switches.shuffled_answer = 1.0
     campaign_id = await shop.sending(60, batch_size=10)
-    async with working(pool, shop.replica_id, provider.url, mitto_timeout=5) as work:
+    async with working(pool, shop.replica_id, provider.url) as work:
         with capture_logs() as logs:
             await work.until_done()
         assert (await check_the_account(shop, campaign_id)).totals.pending == 60
@@ -516,7 +517,7 @@ async def test_an_answer_in_order_is_looked_at_first_and_then_one_in_fifty(
     # At a pace, or all hundred were answered while the first was looked at.
     await pool.execute("update traffic_account set requests_per_second = 100")
     await shop.sending(200, batch_size=2)
-    async with working(pool, shop.replica_id, provider.url, mitto_timeout=5) as work:
+    async with working(pool, shop.replica_id, provider.url) as work:
         await work.until_done()
     assert [one.kind for one in provider.ledger.requests].count("get") == 2 * 2
 
@@ -526,7 +527,7 @@ async def test_an_account_that_is_known_to_keep_the_order_is_not_asked(
 ) -> None:
     await tenants.learn(pool, shop.account_id, {"orderKept": True})
     await shop.sending(10)
-    async with working(pool, shop.replica_id, provider.url, mitto_timeout=5) as work:
+    async with working(pool, shop.replica_id, provider.url) as work:
         await work.until_done()
     assert [one.kind for one in provider.ledger.requests].count("get") == 0
 
@@ -548,6 +549,24 @@ async def test_looks_that_tell_nothing_settle_as_usual_and_become_seldom(
         for _ in range(100):
             assert await resolver.order_holds(ASKED, None, [1, 2], answered(2))
     assert looks == 2 * 7  # the 1st, 2nd, 4th, 8th, 16th, 32nd and 64th answer
+
+
+async def test_a_fault_of_ours_in_a_look_stops_no_answer_and_the_next_is_looked_at(
+    pool: database.Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = 0
+
+    async def ask(*_: object) -> mitto.Fetched:
+        nonlocal looks
+        looks += 1
+        raise asyncpg.InternalServerError("a fault")
+
+    async with mitto.Client("http://127.0.0.1:9", 1) as client:
+        resolver = Resolver(pool, client, config.load({}))
+        monkeypatch.setattr(resolver._questions, "ask", ask)
+        for _ in range(3):
+            assert await resolver.order_holds(ASKED, None, [1, 2], answered(2))
+    assert looks == 2  # the 1st and the 2nd answer
 
 
 ASKED = mitto.Account(1, "main", "key", "refused")
@@ -597,7 +616,7 @@ async def test_all_that_mitto_accepted_is_delivered_here_and_nothing_is_sent_twi
     async with (
         TestServer(app) as server,
         Simulator(switches, webhook_url=str(server.make_url("/"))) as provider,
-        working(pool, shop.replica_id, provider.url, 0.1) as work,
+        working(pool, shop.replica_id, provider.url, 0.1, mitto_timeout=1) as work,
     ):
         keeping = asyncio.create_task(housekeeping.keep())
         resolving = asyncio.create_task(work.resolver.run())

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
@@ -16,7 +17,7 @@ from shop import Shop, check_the_account
 from structlog.testing import capture_logs
 from support import Relay, assert_sound, new_account, open_shop, sending
 
-from smsd import campaigns, config, credits, database, queue, tenants
+from smsd import campaigns, config, credits, database, faults, pace, queue, tenants
 from smsd.mitto import Account, Client, Result, Withdrawn, clock, parse_dlr
 from smsd.model import Outcome
 from smsd.pace import Pace, Place, Recent
@@ -85,15 +86,14 @@ async def test_every_message_arrives_once_with_its_text_number_and_sender(
 
 
 async def test_a_campaign_that_begins_while_the_sender_waits_is_sent_at_once(
-    pool: database.Pool, shop: Shop, mitto: Simulator
+    pool: database.Pool, shop: Shop, mitto: Simulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(pace, "SLOW_LOOK_SECONDS", 60)
     await shop.sending(5)
     async with sending(pool, shop.replica_id, mitto.url) as at_work:
         await at_work.until_done()
         await shop.sending(5)
-        started = time.monotonic()
-        await mitto.accepted_reached(10)
-        assert time.monotonic() - started < 0.9, "woken, not found by the slow look"
+        await mitto.accepted_reached(10)  # woken, not found by the slow look
 
 
 async def test_a_receipt_that_overtakes_the_answer_is_not_lost(
@@ -128,6 +128,52 @@ async def test_a_receipt_that_overtakes_the_answer_is_not_lost(
     assert await pool.fetchval("select count(*) from early_receipt") == 0
 
 
+async def test_an_answer_that_is_written_again_after_a_failover_finds_its_early_receipts(
+    pool: database.Pool, shop: Shop, mitto: Simulator
+) -> None:
+    """The database that was promoted may know of fewer receipts than there were: its count says nothing."""
+    remembered: list[Any] = []
+    campaign_id = await shop.sending(2)
+    async with sending(pool, shop.replica_id, mitto.url) as at_work:
+        memory = at_work.sender._memory
+        settling = memory.settling
+
+        def remember(grant: queue.Grant, write: Any, *, sent: bool) -> None:
+            remembered.append(write)
+            settling(grant, write, sent=sent)
+
+        memory.settling = remember  # type: ignore[method-assign]
+        await at_work.until_done()
+        for one in mitto.ledger.messages():
+            await pool.execute(
+                "insert into early_receipt (provider_id, state, received_at)"
+                " values ($1, 30, now() - interval '2 minutes')",
+                one.message_id,
+            )
+        await pool.execute("select setval('early_receipt_id_seq', 1, false)")
+        await remembered[-1]()
+    assert (await check_the_account(shop, campaign_id)).totals.delivered == 2
+
+
+async def test_a_fault_in_what_is_counted_late_costs_no_answer(
+    pool: database.Pool, shop: Shop, mitto: Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(*_: object) -> int:
+        raise asyncpg.InternalServerError("a fault")
+
+    monkeypatch.setattr(queue, "arrived_late", broken)
+    monkeypatch.setattr(
+        faults, "point", lambda name: time.sleep(0.05) if name == "gate.passed" else None
+    )
+    campaign_id = await shop.sending(20, batch_size=5)
+    with capture_logs() as logs:
+        async with sending(pool, shop.replica_id, mitto.url) as at_work:
+            await at_work.until_done()
+    assert any(line["event"] == "late.not_counted" for line in logs)
+    assert at_work.sender.counts["late"] == 4
+    assert (await check_the_account(shop, campaign_id)).totals.pending == 20
+
+
 # ------------------------------------------------------------------------------- the outcome table
 
 
@@ -153,15 +199,24 @@ async def test_a_throttled_account_waits_as_long_as_it_was_told_and_counts_no_at
 
 
 async def test_a_throttled_account_that_was_told_no_time_waits_longer_each_time(
-    pool: database.Pool, shop: Shop, mitto: Simulator
+    pool: database.Pool, shop: Shop, mitto: Simulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mitto.switches = Switches(dlr=False, fail_429=1, faults_left=2)
+    waited = []
+
+    def throttle_seconds(account: Pace, result: Result) -> float:
+        waited.append(seconds := told(account, result))
+        return seconds
+
+    told = Pace.throttle_seconds
+    monkeypatch.setattr(Pace, "throttle_seconds", throttle_seconds)
     await shop.sending(5)
     async with sending(pool, shop.replica_id, mitto.url) as at_work:
         await at_work.until_done()
+    assert sorted(set(waited)) == [0.25, 0.5]
     first, second, third = [one.arrived_monotonic for one in mitto.ledger.requests]
-    assert 0.2 <= second - first < 0.45
-    assert 0.45 <= third - second < 1.5
+    assert second - first >= 0.2
+    assert third - second >= 0.45
 
 
 async def test_an_unauthorized_account_stops_and_nothing_fails(
@@ -396,7 +451,7 @@ async def test_an_account_that_hangs_stops_no_other(
     other = await open_shop(pool, await new_account(pool, "second"), shop.replica_id)
     hanging = await shop.sending(25)
     going = await other.sending(500)
-    async with sending(pool, shop.replica_id, mitto.url, mitto_timeout=1) as at_work:
+    async with sending(pool, shop.replica_id, mitto.url, mitto_timeout=5) as at_work:
         await mitto.accepted_reached(500)
         assert (await shop.progress(hanging)).totals.unknown == 0
         await at_work.until_done()
@@ -441,6 +496,7 @@ async def test_two_places_are_kept_for_single_messages(
         await at_work.until_done()
 
 
+@pytest.mark.alone
 async def test_the_limit_holds_at_the_provider(
     pool: database.Pool, shop: Shop, mitto: Simulator
 ) -> None:
@@ -586,7 +642,7 @@ async def test_whatever_answers_of_postgres_are_lost_every_message_is_sent_once_
                 backoff_seconds=0.05,
                 max_attempts=20,
             ) as at_work:
-                relay.losing = dice.choice([0.02, 0.05, 0.1])
+                relay.losing = dice.choice([0.05, 0.08, 0.1])
                 await mitto.accepted_reached(300)
                 relay.losing = 0.0
                 await at_work.until(lambda: pool.fetchval("select min(state) >= 10 from batch"), 40)

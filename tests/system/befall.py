@@ -232,8 +232,8 @@ async def prepare(bench: Bench) -> None:
     settings = [_settings(bench, place) for place in range(scenario.replicas)]
     bench.replicas = type(bench.replicas)(bench.installation, bench.verdict, settings)
     if points:
-        orders = iter([_order(points[i % len(points)], dice) for i in range(scenario.armed_lives)])
-        bench.replicas.orders = lambda _place: next(orders, None)
+        orders = [_order(points[i % len(points)], dice) for i in range(scenario.armed_lives)]
+        bench.replicas.orders = lambda _place: orders.pop(0) if orders else None
 
 
 def _order(name: str, dice: random.Random) -> str:
@@ -269,7 +269,8 @@ async def befall(bench: Bench) -> None:
     strikes = [name for name in bench.scenario.faults if name in STRIKES]
     turns: list[str] = []
     left = bench.scenario.most_strikes
-    while not bench.over():
+    # A point of the receipts may lie ahead of a life that began when all was sent.
+    while not bench.over() or (bench.replicas.armed and bench.mitto.receipts.outstanding):
         await asyncio.sleep(dice.uniform(*bench.scenario.pause_seconds))
         if strikes and left and not bench.over():
             turns, left = turns or dice.sample(strikes, len(strikes)), left - 1

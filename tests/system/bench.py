@@ -220,6 +220,11 @@ class Replicas:
             point, _, action = order.split(":")
             self._verdict.struck[f"{action}@{point}"] += 1
 
+    @property
+    def armed(self) -> bool:
+        """Whether a living one has a named point ahead."""
+        return any(one and one.lives and one.pid in self._ordered for one in self.places)
+
     def disarm(self, one: Daemon) -> bool:
         """Whether a named point was still ahead of it; what it dies of from now on is somebody else's doing."""
         return self._ordered.pop(one.pid, None) is not None

@@ -19,6 +19,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group("system"))
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """A pytest that xdist does not get on with ignores the groups and says nothing."""
+    if hasattr(session.config, "workerinput") and session.config.getvalue("loadgroup"):
+        alone = [item.nodeid for item in session.items if "xdist_group" in item.keywords]
+        lost = [one for one in alone if "@" not in one]
+        assert not lost, f"pytest-xdist does not know their groups: {lost[:3]}"
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item,

@@ -76,7 +76,7 @@ async def test_a_cancelled_campaign_sends_nothing_more_and_gives_the_credits_bac
     installation: Installation, mitto: Simulator
 ) -> None:
     first, second = await two_replicas(installation)
-    shop = await installation.shop(credits=10_000, requestsPerSecond=20)
+    shop = await installation.shop(credits=10_000, requestsPerSecond=10)
     await shop.with_contacts(4_000)
     campaign = await shop.send()
     await mitto.accepted_reached(600)
@@ -104,7 +104,7 @@ async def test_a_paused_campaign_stops_on_every_replica_and_goes_on_when_resumed
     installation: Installation, mitto: Simulator
 ) -> None:
     first, second = await two_replicas(installation)
-    shop = await installation.shop(requestsPerSecond=20)
+    shop = await installation.shop(requestsPerSecond=10)
     clock = await (await installation.shop()).with_contacts(300)
     await shop.with_contacts(4_000)
     campaign = await shop.send()

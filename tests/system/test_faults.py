@@ -10,6 +10,7 @@ from smsd import daemon, embedded
 from system import befall
 from system.bench import Scenario, Tenant, Verdict
 
+pytestmark = pytest.mark.timeout(360)  # what is unknown may be asked about for four minutes
 SMALL = (Tenant(messages=1_500, batch_size=30, account_requests=80),)
 LONG = (Tenant(messages=1_500, batch_size=30, account_requests=10),)
 """Sends for five seconds: two strikes, each after a pause of less than one, find it sending."""

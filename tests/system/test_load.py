@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 import orjson
+import pytest
 
 from smsd.simulator import Simulator
 from system.harness import LOOK_SECONDS, Daemon, Installation
@@ -79,6 +80,7 @@ async def watching(daemon: Daemon) -> AsyncIterator[Watched]:
     seen.answer_seconds = orjson.loads(out)
 
 
+@pytest.mark.alone
 async def test_a_hundred_thousand_contacts_neither_fill_the_daemon_nor_hold_it_up(
     installation: Installation, mitto: Simulator
 ) -> None:
