@@ -11,6 +11,7 @@ from system.harness import Installation
 _INSTALLATION = pytest.StashKey[Installation]()
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """These tests measure: under pytest-xdist they run one after the other."""
     here = Path(__file__).parent
