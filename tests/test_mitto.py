@@ -1092,7 +1092,7 @@ async def test_a_destination_is_told_if_only_one_can_be_meant(
 async def test_what_is_no_message_is_not_found_throttled_or_failed(
     answer: bytes, outcome: FetchOutcome, retry_after_seconds: float | None
 ) -> None:
-    async with provider(answering(answer)) as there, mitto.Client(there.url, 0.3) as client:
+    async with provider(answering(answer)) as there, mitto.Client(there.url, 1.5) as client:
         fetched = await client.fetch(ACCOUNT, "01JABC")
     assert (fetched.outcome, fetched.found) == (outcome, False)
     assert fetched.retry_after_seconds == retry_after_seconds

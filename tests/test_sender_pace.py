@@ -374,7 +374,7 @@ async def test_one_unknown_batch_stays_out_while_the_rest_of_its_campaign_goes_o
     mitto.switches = Switches(dlr=False, **{fault: 1.0}, faults_left=1)
     campaign_id = await shop.begin(20)
     await shop.expand(20, segments=3)
-    async with sending(pool, shop.replica_id, mitto.url, mitto_timeout=0.5) as at_work:
+    async with sending(pool, shop.replica_id, mitto.url, mitto_timeout=2) as at_work:
         await at_work.until_done()
         await shop.sending(5)  # what would have been posted once more stands before this one
         await at_work.until_done()
