@@ -7,6 +7,7 @@ campaign of ten. Texts are rendered here, once; no transaction is open while the
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from operator import itemgetter
 from typing import cast
 
 import orjson
@@ -31,6 +32,7 @@ being sent, and whoever asks meanwhile, has the machine then."""
 _LINK, _UNSUBSCRIBE = text.tag_key(text.LINK_TAG), text.tag_key(text.UNSUBSCRIBE_TAG)
 _PHONE = "phone"
 _OWN = {_LINK, _UNSUBSCRIBE, _PHONE}
+_phone_of, _opted_out = itemgetter(_PHONE), itemgetter("opted_out")
 
 
 class Renderer:
@@ -76,6 +78,37 @@ class Renderer:
         if not segments:
             return Skipped(phone, Reason.MISSING_VALUE, "the text is empty for this recipient")
         return Rendered(phone, rendered, segments)
+
+    def render_usual(
+        self, recipients: Sequence[Record | Mapping[str, object]]
+    ) -> list[Rendered] | None:
+        """What `render` says of each, column by column in half the time. None where one of them is out of the ordinary:
+        skipped, without a value in its column, or with values beside the columns."""
+        n = len(recipients)
+        phones = list(map(_phone_of, recipients))
+        if self._wants_attributes or None in phones or any(map(_opted_out, recipients)):
+            return None
+        columns: dict[str, Sequence[str]] = {}
+        for key, column in self._columns:
+            if column not in recipients[0] or None in (
+                values := list(map(itemgetter(column), recipients))
+            ):
+                return None
+            columns[key] = list(map(str, values))
+        if _LINK in self._template.tags:
+            columns[_LINK] = [self._link_url or ""] * n
+        if any("" in column or any(map(str.isspace, column)) for column in columns.values()):
+            return None
+        if self._wants_phone:
+            columns[_PHONE] = list(map(text.plus, phones))
+        if self._sign is not None:
+            begin, sign = self._link_begin, self._sign
+            columns[_UNSUBSCRIBE] = [begin + sign(phone) for phone in phones]
+        texts = self._template.render_many(columns, n)
+        counts = text.segment_counts(texts)
+        if min(counts) < 1 or max(counts) > SEGMENTS_MOST:
+            return None
+        return list(map(Rendered, phones, texts, counts))
 
     def values(self, recipient: Record | Mapping[str, object], phone: int) -> dict[str, str | None]:
         """What the template's merge tags stand for, by `text.tag_key`; a column of the contact wins over an attribute. A
@@ -228,12 +261,15 @@ class Expander:
         cursor = recipients[-1]["id"] if recipients else expansion.cursor
         chunk = Chunk(cursor, len(recipients), last, [], [])
         for start in range(0, len(recipients), ROWS_BETWEEN_YIELDS):
-            for recipient in recipients[start : start + ROWS_BETWEEN_YIELDS]:
-                one = renderer.render(recipient)
-                if isinstance(one, Rendered):
-                    chunk.rendered.append(one)
-                else:
-                    chunk.skipped.append(one)
+            some = recipients[start : start + ROWS_BETWEEN_YIELDS]
+            if (usual := renderer.render_usual(some)) is not None:
+                chunk.rendered += usual
+            else:
+                for one in map(renderer.render, some):
+                    if isinstance(one, Rendered):
+                        chunk.rendered.append(one)
+                    else:
+                        chunk.skipped.append(one)
             await asyncio.sleep(0)  # the API answers between two slices
         return chunk
 

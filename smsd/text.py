@@ -8,10 +8,11 @@ import base64
 import re
 import unicodedata
 from binascii import b2a_base64
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from hashlib import blake2b
 from hmac import compare_digest
+from itertools import repeat
 from typing import NamedTuple
 
 import phonenumbers
@@ -69,10 +70,7 @@ def segments(text: str) -> Segments:
     What takes two units, an extension character or a surrogate pair, is not divided between two
     parts, so a part may end one short and the sum can exceed the plain division.
     """
-    # Of ASCII, as most texts are, what is left without the alphabet's characters is found in half the time.
-    if text.isascii() and not text.encode().translate(None, _BASIC_ASCII):
-        return _basic(len(text))
-    if _BASIC.fullmatch(text):
+    if _is_basic_ascii(text) or _BASIC.fullmatch(text):
         return _basic(len(text))
     if _EXTENDED.fullmatch(text):
         septets = len(text) + sum(map(text.count, GSM7_EXTENSION))
@@ -83,6 +81,18 @@ def segments(text: str) -> Segments:
     upper_bytes = text.encode("utf-16-le", "surrogatepass")[1::2]
     units = len(upper_bytes)
     return Segments("UCS-2", 1 if units <= 70 else _parts(upper_bytes, 67, _HIGH_SURROGATE), units)
+
+
+def segment_counts(texts: Sequence[str]) -> list[int]:
+    """`segments(text).count` of each, by one look at all of them where they are usual."""
+    if _is_basic_ascii("".join(texts)):
+        return [_basic(len(text)).count for text in texts]
+    return [segments(text).count for text in texts]
+
+
+def _is_basic_ascii(text: str) -> bool:
+    """Of ASCII, as most texts are, what is left without the alphabet's characters is found in half the time."""
+    return text.isascii() and not text.encode().translate(None, _BASIC_ASCII)
 
 
 @lru_cache(maxsize=1024)
@@ -178,6 +188,13 @@ class Template:
                 value = default
             pieces[index] = value
         return "".join(pieces)
+
+    def render_many(self, columns: Mapping[str, Sequence[str]], n: int) -> list[str]:
+        """The texts for `n` recipients whose values are all there: of each tag a column of `n`, none of them blank."""
+        parts: list[Iterable[str]] = [repeat(piece, n) for piece in self._pieces]
+        for index, key, _ in self._slots:
+            parts[index] = columns[key]
+        return list(map("".join, zip(*parts, strict=True)))
 
 
 def _problems(source: str) -> Iterator[str]:

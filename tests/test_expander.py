@@ -490,3 +490,37 @@ def test_whatever_a_recipient_s_values_are_there_is_a_text_or_a_reason(
         assert one.reason in (Reason.MISSING_VALUE, Reason.TEXT_TOO_LONG)
     else:
         assert 1 <= one.segments <= SEGMENTS_MOST
+
+
+VALUES = st.sampled_from(
+    [None, "", " ", "Ada", "Ünal", "Κώστας", "€" * 80, "x" * 1_600, "{{phone}}"]
+)
+
+
+@given(
+    template=st.sampled_from([
+        "Hi {{firstName}}, {{link}} {{unsubscribeUrl}}", "{{lastName|}}", "{{firstName|you}}{{birthday}}", "{{n}} {{firstName}}",
+        "to {{phone}} {{phone}}", "Hi", "", "{{link}}",
+    ]),
+    people=st.lists(
+        st.fixed_dictionaries({
+            "phone": st.sampled_from([None, 306900000001, 12025550123]), "raw": st.just("?"), "opted_out": st.booleans() | st.just(False),
+            "first_name": VALUES, "last_name": VALUES, "birthday": st.sampled_from([None, date(1990, 5, 1)]),
+            "attributes": st.sampled_from(["{}", '{"n": 7, "firstName": "Bob"}']),
+        }), min_size=1, max_size=3,
+    ),
+    link_url=st.sampled_from([None, "https://shop.example/sale"]),
+)  # fmt: skip
+def test_many_at_once_are_told_the_same_as_one_by_one(
+    template: str, people: list[Mapping[str, object]], link_url: str | None
+) -> None:
+    all_ = renderer(template, link_url)
+    one_by_one = [all_.render(one) for one in people]
+    usual = all_.render_usual(people)
+    if usual is not None:
+        assert usual == one_by_one
+    is_usual = all(isinstance(one, Rendered) for one in one_by_one) and all(
+        one["first_name"] and one["last_name"] and one["birthday"] and str(one["first_name"]).strip()
+        and str(one["last_name"]).strip() for one in people
+    )  # fmt: skip
+    assert usual is not None or not is_usual or "{{n}}" in template, "this is what it is for"
