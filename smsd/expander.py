@@ -108,7 +108,7 @@ class Renderer:
         counts = text.segment_counts(texts)
         if min(counts) < 1 or max(counts) > SEGMENTS_MOST:
             return None
-        return list(map(Rendered, phones, texts, counts))
+        return list(map(Rendered._make, zip(phones, texts, counts, strict=True)))
 
     def values(self, recipient: Record | Mapping[str, object], phone: int) -> dict[str, str | None]:
         """What the template's merge tags stand for, by `text.tag_key`; a column of the contact wins over an attribute. A
