@@ -90,7 +90,7 @@ async def until(holds: Callable[[], Awaitable[object]], seconds: float = 20) -> 
 
 
 def destroy(server: embedded.Postgres) -> None:
-    """SIGKILL to all of its processes."""
+    """SIGKILL; its processes, each in a group of its own, see that and end unless they are stopped."""
     assert server.pid is not None
     os.killpg(server.pid, signal.SIGKILL)
 
@@ -111,11 +111,13 @@ async def sending(installation: Installation, mitto: Simulator) -> Campaign:
     return campaign
 
 
-async def hold_back_the_standby(primary: embedded.Postgres) -> None:
-    """From now on what the primary commits does not reach its standby."""
+async def hold_back_the_standby(primary: embedded.Postgres) -> int:
+    """From now on what the primary commits does not reach its standby; the process that would send it, stopped."""
     connection = await database.connect(primary.dsn)
-    os.kill(await connection.fetchval("select pid from pg_stat_replication"), signal.SIGSTOP)
+    pid = int(await connection.fetchval("select pid from pg_stat_replication"))
+    os.kill(pid, signal.SIGSTOP)
     await connection.close()
+    return pid
 
 
 # ---------------------------------------------------------------------------------------- failover
@@ -150,9 +152,10 @@ async def test_what_the_standby_had_not_got_is_said_again_and_nobody_gets_it_twi
         await installation.serve()
         campaign = await sending(installation, mitto)
         await mitto.accepted_reached(N // 4)
-        await hold_back_the_standby(primary)
+        sender = await hold_back_the_standby(primary)
         await mitto.accepted_reached(N // 2)
         destroy(primary)
+        os.kill(sender, signal.SIGKILL)
         await promote(standby)
         figures = (await campaign.ended())["metrics"]
         assert figures["accepted"] == figures["total"] == mitto.ledger.accepted_count == N
