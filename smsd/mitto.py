@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from enum import StrEnum
+from itertools import repeat
 from typing import Any, NamedTuple, Self
 from urllib.parse import quote
 
@@ -310,12 +311,8 @@ def _item_results(
     """An id = accepted, whatever else stands there; an error without id = refused; else unknown."""
     accepted = MessageState.ACCEPTED
     if plain := _plain_ids(results):
-        return tuple(
-            [
-                ItemResult(item.message_id, accepted, one, None)
-                for item, one in zip(items, plain, strict=True)
-            ]
-        )
+        columns = zip([item.message_id for item in items], repeat(accepted), plain, repeat(None))
+        return tuple(map(ItemResult._make, columns))
     ids = [_message_id(element) for element in results]
     seen = Counter(ids)
     return tuple(

@@ -6,6 +6,7 @@ Nothing here decides a limit: that is `queue.claim`. This is how many to ask for
 
 import asyncio
 import math
+from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any, NamedTuple
@@ -39,19 +40,22 @@ class Recent:
     """The last measurements of something, and their percentiles. `first` is believed as well until there are ten."""
 
     def __init__(self, first: float, size: int = 200) -> None:
-        self._values: deque[float] = deque([first], maxlen=size)
+        self._values, self._size = deque([first]), size
+        self._ordered = [first]  # the same: asked for several times as often as one is added
         self._added = 0
 
     def add(self, value: float) -> None:
         self._values.append(value)
+        insort(self._ordered, value)
         self._added += 1
-        if self._added == 10 < len(self._values):
-            self._values.popleft()
+        if self._added == 10 or len(self._values) > self._size:
+            oldest = self._values.popleft()
+            del self._ordered[bisect_left(self._ordered, oldest)]
 
     def percentile(self, share: float) -> float:
         """The value below which `share` (0 to 1) of the recent ones lie."""
-        ordered = sorted(self._values)
-        return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+        last = len(self._ordered) - 1
+        return self._ordered[min(last, int(share * (last + 1)))]
 
 
 class Place:

@@ -67,13 +67,15 @@ select retake_slot($1, $2, $3, $4, $5);
 
 -- name: settle_items
 -- Mitto's answer item by item: states, ids, credits, counters. False after a newer attempt.
-select settle_items($1, $2, $3, $4, string_to_array($5, E'\n', ''),
-                    coalesce($6, array_fill(null::text, array[1])), $7, $8);
+select settle_items($1, $2, coalesce($5, array(select generate_series($3::bigint, $3 + $4::int - 1))),
+       coalesce($6, array_fill(10::smallint, array[$4])), string_to_array($7, E'\n', ''),
+       coalesce($8, array_fill(null::text, array[1])), $9, $10);
 
 -- name: settle_unmapped
 -- An answer whose ids may be anybody's of the batch. False after a newer attempt.
-select settle_unmapped($1, $2, $3, $4, string_to_array($5, E'\n', ''),
-                       coalesce($6, array_fill(null::text, array[1])), $7, $8);
+select settle_unmapped($1, $2, coalesce($5, array(select generate_series($3::bigint, $3 + $4::int - 1))),
+       coalesce($6, array_fill(10::smallint, array[$4])), string_to_array($7, E'\n', ''),
+       coalesce($8, array_fill(null::text, array[1])), $9, $10);
 
 -- name: settle_batch
 -- One outcome for the whole batch; tells what became of it.
