@@ -19,7 +19,6 @@ from smsd.model import MessageState, Reason
 SQL = database.queries("expansions")
 
 _ROWS_BETWEEN_YIELDS = 500
-_SKIPPED_AT_ONCE = 1_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,8 +178,8 @@ async def _add_messages(
             records=_with_pauses(rows),
             columns=["campaign_id", "id", "phone", "text", "segments"],
         )
-    for start in range(0, len(skipped), _SKIPPED_AT_ONCE):
-        some = skipped[start : start + _SKIPPED_AT_ONCE]
+    for start in range(0, len(skipped), _ROWS_BETWEEN_YIELDS):
+        some = skipped[start : start + _ROWS_BETWEEN_YIELDS]
         await connection.execute(
             SQL["add_skipped"],
             expansion.campaign_id, first_id + len(rendered) + start, int(MessageState.SKIPPED),

@@ -18,19 +18,12 @@ import asyncpg
 import orjson
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
-from hypothesis import HealthCheck
-from hypothesis import settings as hypothesis
 from multidict import CIMultiDictProxy
 
 from smsd import api as http_api
 from smsd import config, database, embedded, mitto, receipts, tenants
 from smsd.api.endpoint import Context
 
-# Nobody here measures single examples, and this machine may be busy.
-hypothesis.register_profile(
-    "unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
-hypothesis.load_profile("unhurried")
 ADMIN_TOKEN = "token-of-the-operator"
 T = TypeVar("T")
 

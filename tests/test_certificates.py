@@ -532,7 +532,7 @@ async def fill(shop: Shop, n: int) -> int:
 OTHERS_IN_A_TRANSACTION = (
     "select count(*) from pg_stat_activity"
     " where datname = current_database() and xact_start is not null and pid <> pg_backend_pid()"
-    " and backend_type = 'client backend'"
+    " and backend_type <> 'autovacuum worker'"
 )
 
 

@@ -232,8 +232,8 @@ async def prepare(bench: Bench) -> None:
     settings = [_settings(bench, place) for place in range(scenario.replicas)]
     bench.replicas = type(bench.replicas)(bench.installation, bench.verdict, settings)
     if points:
-        orders = [_order(points[i % len(points)], dice) for i in range(scenario.armed_lives)]
-        bench.replicas.orders = lambda _place: orders.pop(0) if orders else None
+        orders = iter([_order(points[i % len(points)], dice) for i in range(scenario.armed_lives)])
+        bench.replicas.orders = lambda _place: next(orders, None)
 
 
 def _order(name: str, dice: random.Random) -> str:

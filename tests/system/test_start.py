@@ -110,7 +110,7 @@ async def test_a_daemon_that_still_waits_for_postgres_stops_when_told(
     daemon = await installation.launch()
     await daemon.logged("database.awaited")
     daemon.signal(signal.SIGTERM)
-    assert await daemon.ended() == 0
+    assert await daemon.ended(5) == 0
 
 
 async def test_a_rehearsal_that_fails_is_told_and_the_start_goes_on(
