@@ -328,6 +328,7 @@ async def test_every_request_takes_of_the_account_s_limit_and_of_that_over_all(
     assert simulator.ledger.worst_second() <= 10
 
 
+@pytest.mark.alone
 async def test_a_probe_that_runs_out_of_time_keeps_what_it_found_by_then(
     pool: database.Pool, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
