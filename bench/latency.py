@@ -32,7 +32,9 @@ BATCH, PACE = 200, 50
 this class of machine can do, and room for all single messages several times over."""
 SINGLE_PHONES = FIRST_PHONE + 50_000_000
 ARRIVE_SECONDS = 30.0
-SENT = "select phone, provider_id from message where campaign_id = 0 and provider_id is not null"
+SENT = (
+    "select phone, provider_id from message_shown where campaign_id = 0 and provider_id is not null"
+)
 
 
 @dataclass

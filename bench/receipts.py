@@ -26,7 +26,7 @@ ARRAYS = "arrays: "
 DISORDER = 10_000
 """Receipts come about in the order in which messages were accepted: this far off."""
 UPDATED_AT = "2026-01-05T10:00:00.000Z"
-IDS = "select provider_id from message where campaign_id = $1 order by id"
+IDS = "select provider_id from message_shown where campaign_id = $1 order by id"
 ACCOUNT = (
     "select count(*) filter (where state = 30 and finished_at is not null) as delivered,"
     " (select sum(delivered) from campaign_counter where campaign_id = $1)::bigint as counted,"

@@ -7,12 +7,13 @@ a room. Nothing here knows what the queries are about.
 import asyncio
 import hashlib
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import cache, wraps
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import asyncpg
@@ -26,7 +27,7 @@ Record = asyncpg.Record
 if TYPE_CHECKING:
     Pool = asyncpg.Pool[Record]
     Connection = asyncpg.Connection[Record] | asyncpg.pool.PoolConnectionProxy[Record]
-    Executor = Pool | Connection
+    Executor: TypeAlias = "Pool | Connection | Share"
 else:
     Pool = asyncpg.Pool
     Connection = asyncpg.Connection
@@ -205,6 +206,40 @@ async def open_pool(
         command_timeout=60,
         max_inactive_connection_lifetime=0,
     )
+
+
+class Share:
+    """`size` of a pool's connections for work that would have all of them busy at once: its statements wait for each
+    other here, and others find a connection."""
+
+    def __init__(self, pool: Pool, size: int) -> None:
+        self._pool, self._turns = pool, asyncio.Semaphore(size)
+
+    async def execute(self, query: str, *args: Any) -> str:
+        """As the pool's."""
+        async with self._turns:
+            return await self._pool.execute(query, *args)
+
+    async def fetch(self, query: str, *args: Any) -> list[Record]:
+        """As the pool's."""
+        async with self._turns:
+            return await self._pool.fetch(query, *args)
+
+    async def fetchrow(self, query: str, *args: Any) -> Record | None:
+        """As the pool's."""
+        async with self._turns:
+            return await self._pool.fetchrow(query, *args)
+
+    async def fetchval(self, query: str, *args: Any) -> Any:
+        """As the pool's."""
+        async with self._turns:
+            return await self._pool.fetchval(query, *args)
+
+    @asynccontextmanager
+    async def acquire(self) -> AsyncIterator[Connection]:
+        """As the pool's."""
+        async with self._turns, self._pool.acquire() as connection:
+            yield connection
 
 
 def waiting(pool: Pool) -> int:

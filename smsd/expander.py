@@ -14,7 +14,7 @@ import orjson
 import structlog
 
 from smsd import contacts, database, expansions, faults, metrics, mitto, queue, telemetry, text
-from smsd.database import Pool, Record
+from smsd.database import Pool, Record, Share
 from smsd.expansions import Chunk, Expansion, Rendered, Skipped
 from smsd.loops import first_of
 from smsd.model import SEGMENTS_MOST as SEGMENTS_MOST
@@ -143,7 +143,7 @@ class Expander:
     """The loop of the daemon that expands what was enqueued."""
 
     def __init__(
-        self, pool: Pool, standing: queue.Standing, keys: Sequence[bytes], link_base: str
+        self, pool: Pool | Share, standing: queue.Standing, keys: Sequence[bytes], link_base: str
     ) -> None:
         self._pool, self._standing, self._keys, self._base = pool, standing, keys, link_base
         self._news = asyncio.Event()

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import asyncpg
 
 from smsd import database
-from smsd.database import Connection, Executor, Pool
+from smsd.database import Connection, Executor, Pool, Share
 from smsd.model import MessageState, Reason
 
 SQL = database.queries("expansions")
@@ -108,7 +108,9 @@ async def pause_as_failed(db: Executor, expansion: Expansion, detail: str) -> No
     await db.execute(SQL["pause_as_failed"], expansion.campaign_id, detail)
 
 
-async def commit(pool: Pool, expansion: Expansion, chunk: Chunk, replica_id: int) -> int | None:
+async def commit(
+    pool: Pool | Share, expansion: Expansion, chunk: Chunk, replica_id: int
+) -> int | None:
     """Writes a chunk; returns the first message id of its batches (0 where all were skipped), or None when the
     expansion moved on without us and nothing was written. Raises OutOfCredits, with nothing written."""
     async with pool.acquire() as connection, connection.transaction():

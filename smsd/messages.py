@@ -107,7 +107,7 @@ def addressee(one: Message | Line) -> str | None:
 STATUSES: dict[str, tuple[tuple[MessageState, ...], tuple[BatchState, ...]]] = {
     "queued": ((), (BatchState.READY, BatchState.WAITING)),
     "processing": ((), (BatchState.LEASED, BatchState.SENDING)),
-    "accepted": ((MessageState.ACCEPTED, MessageState.ENROUTE), ()),
+    "accepted": ((MessageState.ACCEPTED, MessageState.ENROUTE), (BatchState.ACCEPTED,)),
     "delivered": ((MessageState.DELIVERED,), ()),
     "failed": ((MessageState.DELIVERY_FAILED, MessageState.REFUSED), ()),
     "unknown": ((MessageState.UNKNOWN,), (BatchState.UNKNOWN,)),
@@ -137,6 +137,8 @@ async def _by_status(
     # States are not indexed, so what the counters do not know is not looked for.
     if own and await db.fetchval(SQL["counted"], campaign_id, own):
         rows += await db.fetch(SQL["page_by_own_state"], campaign_id, after, own, limit)
+    elif BatchState.ACCEPTED in spoken_for:  # counted with those
+        return []
     if spoken_for:
         rows += await db.fetch(SQL["page_by_batch_state"], campaign_id, after, spoken_for, limit)
     return sorted(rows, key=itemgetter("id"))[:limit]
@@ -187,7 +189,7 @@ async def by_account(db: Executor, provider_ids: Sequence[str]) -> dict[int, lis
 
 _BATCH_STATUSES = {
     state: status for status, (_, states) in STATUSES.items() for state in states
-} | {BatchState.DONE: "done"}
+} | {BatchState.DONE: "done", BatchState.ACCEPTED: "done"}
 
 
 def _batch(row: Record) -> Batch:

@@ -16,6 +16,7 @@ class BatchState(IntEnum):
     DONE = 10  # every message has a state of its own
     UNKNOWN = 11  # may have been accepted; never posted again on its own
     CANCELLED = 12
+    ACCEPTED = 13  # Mitto took all of it; speaks for its messages until their receipts come
 
 
 class MessageState(IntEnum):

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Self
 import orjson
 
 from smsd import arrival, database, metrics
-from smsd.database import Connection, Executor, Pool
+from smsd.database import Connection, Executor, Pool, Share
 from smsd.mitto import ItemResult
 from smsd.model import MessageState
 
@@ -184,7 +184,7 @@ class DatabaseClock:
         narrow = self._read_at is not None and self._high - self._low <= 2 * self._DOUBT_MOST
         return narrow or self._readings >= self._READINGS
 
-    async def learn(self, pool: Pool) -> float:
+    async def learn(self, pool: Pool | Share) -> float:
         """Reads until it is known; returns what `observe` does."""
         if self.is_known():
             return 0.0
@@ -405,6 +405,10 @@ class Answer(NamedTuple):
             status,
         )
 
+    def whole(self) -> bool:
+        """Whether all was accepted and in a row: one word for the batch, where it is written so."""
+        return self.message_ids is None and self.states is None and self.details is None
+
     def given_ids(self) -> list[str]:
         """The ids that Mitto gave."""
         return [one for one in self.provider_ids.split("\n") if one]
@@ -416,6 +420,13 @@ async def settle_items(
     """Writes an answer that decided item by item: one transaction. False: a newer attempt exists, recorded only.
     `mapped`: off where nobody knows which id is whose; with an id for each, all are accepted then, else all unknown,
     and the ids are kept to be asked about."""
+    if mapped and answer.whole():
+        return bool(
+            await db.fetchval(
+                SQL["settle_accepted"], batch_id, attempt, answer.first_id, answer.n,
+                answer.provider_ids, answer.bulk_id, answer.status,
+            )
+        )  # fmt: skip
     statement = SQL["settle_items" if mapped else "settle_unmapped"]
     return bool(await db.fetchval(statement, batch_id, attempt, *answer))
 

@@ -16,7 +16,7 @@ import structlog
 
 from smsd import database, evidence, explain, faults, metrics, mitto, pace, queue
 from smsd.config import Settings
-from smsd.database import Pool
+from smsd.database import Pool, Share
 from smsd.loops import first_of as _first_of
 from smsd.model import Outcome
 from smsd.pace import Pace, Place, Recent
@@ -43,7 +43,7 @@ class Sender:
 
     def __init__(
         self,
-        pool: Pool,
+        pool: Pool | Share,
         client: mitto.Client,
         standing: queue.Standing,
         settings: Settings,

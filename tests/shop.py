@@ -17,6 +17,11 @@ from smsd.queue import Grant, Intent, ReceiptRow
 
 ACCEPTED, REFUSED, UNKNOWN = MessageState.ACCEPTED, MessageState.REFUSED, MessageState.UNKNOWN
 PHONE = 306_900_000_000
+LOCK_MESSAGE = (
+    "select from message m join provider_message k on k.campaign_id = m.campaign_id and k.message_id = m.id"
+    " where k.provider_id = $1 for update of m"
+)
+"""Locks the row of the message that Mitto calls $1."""
 
 
 @dataclass
@@ -185,11 +190,11 @@ async def check_the_account(shop: Shop, campaign_id: int) -> campaigns.Progress:
             " + coalesce((select sum(segments) from message where state = 5), 0)"
         )
         worth = await db.fetchval(
-            "select coalesce(sum(segments), 0) from message where state in (10, 11, 20, 30)"
+            "select coalesce(sum(segments), 0) from message_shown where own_state in (10, 11, 20, 30)"
         )
         wrong = await db.fetch(
-            "select b.id, b.state, b.n, m.n as found from batch b, lateral (select count(*) as n from message m"
-            " where m.campaign_id = b.campaign_id and m.id between b.first_id and b.last_id and m.state is null) m"
+            "select b.id, b.state, b.n, m.n as found from batch b, lateral (select count(*) as n from message_shown m"
+            " where m.campaign_id = b.campaign_id and m.id between b.first_id and b.last_id and m.own_state is null) m"
             " where b.n <> m.n"
         )
     sums = progress.totals

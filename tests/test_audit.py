@@ -61,6 +61,12 @@ async def fill(pool: database.Pool) -> int:
         )
     await shop.claim()
 
+    await shop.sending(5, batch_size=5)
+    ((grant, intent),) = await shop.post()
+    await shop.answer(grant, intent, ACCEPTED)
+    first = shop.provider_ids - 4
+    await shop.receive(**{f"M{first}": 30, f"M{first + 3}": 11})
+
     cancelled = await other.sending(10, batch_size=5)
     ((grant, intent),) = await other.post()
     await other.answer(grant, intent, ACCEPTED, REFUSED, UNKNOWN)
@@ -169,6 +175,10 @@ BREAKS: dict[str, list[tuple[str, str]]] = {
         ("batch ", "update batch set segments = segments + 1 where state = 12"),
         ("batch ", "delete from message where campaign_id = 0"),
         (
+            "batch ",
+            "update attempt set provider_ids = provider_ids || E'\\nX' where provider_ids is not null",
+        ),
+        (
             "campaign 77 does not exist, and has messages",
             "insert into message (campaign_id, id, state) values (77, 7777777, 50)",
         ),
@@ -220,6 +230,10 @@ BREAKS: dict[str, list[tuple[str, str]]] = {
         ("id M", f"update provider_message set message_id = {TWO} where message_id = {ONE}"),
         ("message ", f"delete from provider_message where message_id = {ONE}"),
         ("id M", f"update message set provider_id = null where id = {ONE}"),
+        (
+            "id M",
+            "update attempt set provider_ids = replace(provider_ids, 'M', 'N') where provider_ids is not null",
+        ),
         (
             "a receipt for M",
             ("insert into early_receipt (provider_id, state, received_at) select provider_id, 30,"

@@ -8,6 +8,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import asyncpg
 import pytest
+from shop import until_somebody_waits
 
 from smsd import database, tenants
 from smsd.database import Connection, Pool, SchemaError
@@ -143,6 +144,28 @@ async def test_news_is_heard_again_after_the_connection_was_lost(pool: Pool) -> 
     listening.cancel()
     with pytest.raises(asyncio.CancelledError):
         await listening
+
+
+async def test_a_share_has_no_more_connections_than_it_was_given(pool: Pool) -> None:
+    share = database.Share(pool, 2)
+    wait = "select pg_advisory_xact_lock(1)"
+    async with pool.acquire() as holder, holder.transaction():
+        await holder.execute(wait)
+        calls = [share.fetch, share.execute, share.fetchrow, share.fetchval]
+        waiting = [asyncio.ensure_future(call(wait)) for call in calls]
+        await until_somebody_waits(pool, 2)
+        asleep = "select count(*) from pg_stat_activity where wait_event_type = 'Lock' and datname = current_database()"
+        assert await pool.fetchval(asleep) == 2, "and there is one left to ask"
+        waiting[0].cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting[0]
+        await until_somebody_waits(pool, 2)
+        assert await pool.fetchval(asleep) == 2
+    await asyncio.gather(*waiting[1:])
+    with pytest.raises(asyncpg.UndefinedColumnError):
+        await share.fetch("select nothing")
+    async with share.acquire() as one, share.acquire() as other:
+        assert await one.fetchval("select 1") == await other.fetchval("select 1")
 
 
 async def test_what_must_be_written_is_tried_until_postgres_answers(pool: Pool) -> None:

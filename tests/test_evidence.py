@@ -71,7 +71,9 @@ async def say(
 
 
 async def states(shop: Shop) -> list[tuple[int | None, str | None, str | None]]:
-    rows = await shop.pool.fetch("select state, reason, provider_id from message order by id")
+    rows = await shop.pool.fetch(
+        "select own_state as state, reason, provider_id from message_shown order by id"
+    )
     return [(row["state"], row["reason"], row["provider_id"]) for row in rows]
 
 

@@ -535,7 +535,7 @@ async def test_from_ready_to_delivered_each_step_says_that_nobody_is_needed(
     assert await words(me, campaign_id) == [("ON_ITS_WAY", "nobody needed")]
     await shop.answer(grant, intent, ACCEPTED)
     assert await words(me, campaign_id) == [("AWAITING_RECEIPTS", "mitto")]
-    ids = await shop.pool.fetch("select provider_id from message")
+    ids = await shop.pool.fetch("select provider_id from message_shown")
     await shop.receive(**{row["provider_id"]: 30 for row in ids})
     assert await words(me, campaign_id) == [("NOTHING_WAITS", "nobody needed")]
 

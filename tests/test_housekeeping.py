@@ -324,7 +324,7 @@ async def test_a_campaign_with_nothing_left_to_do_is_finished_at_the_news(
             await until(finished)
     assert [line["campaign"] for line in logs if line["event"] == "campaign.finished"] == [sent]
     assert await shop.status(open_) == await shop.status(coming) == CampaignStatus.SENDING
-    await pool.execute("update batch set state = 10 where campaign_id = $1", open_)
+    await pool.execute("update batch set state = 13 where campaign_id = $1", open_)
 
 
 async def test_receipts_that_were_missed_are_joined(pool: database.Pool, shop: Shop) -> None:

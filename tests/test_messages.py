@@ -71,6 +71,37 @@ async def test_pages_of_messages_follow_each_other_without_gap_or_repeat(
     assert seen == ids
 
 
+async def test_those_that_a_batch_speaks_for_and_those_that_say_so_themselves_are_one_list(
+    shop: Shop,
+) -> None:
+    campaign_id = await shop.sending(15)
+    mixed, whole, untold = await shop.post(3)
+    await shop.answer(*mixed, ACCEPTED, ACCEPTED, REFUSED)
+    await shop.answer(*whole, ACCEPTED)
+    await shop.answer(*untold, ACCEPTED)
+    await shop.receive(M1=30, M6=30, M8=20, M9=11)
+    found: list[messages.Message] = []
+    while page := await messages.page(
+        shop.pool, campaign_id, "accepted", None, found[-1].id if found else 0, 2
+    ):
+        found += page
+    assert [one.id for one in found] == [
+        mixed[1].ids[1], *(whole[1].ids[i] for i in (1, 3, 4)), *untold[1].ids
+    ]  # fmt: skip
+    assert [one.provider_id for one in found] == [
+        "M2", "M7", "M9", "M10", *(f"M{i}" for i in range(11, 16))
+    ]  # fmt: skip
+    assert all(one.accepted_at and not one.finished_at for one in found)
+    for status, ids in {
+        "delivered": [mixed[1].ids[0], whole[1].ids[0]],
+        "failed": [*mixed[1].ids[2:], whole[1].ids[2]],
+    }.items():
+        listed = await messages.page(shop.pool, campaign_id, status, None, 0, 100)
+        assert [one.id for one in listed] == ids, status
+    await shop.receive(**{f"M{i}": 30 for i in range(1, 16)})
+    assert await messages.page(shop.pool, campaign_id, "accepted", None, 0, 100) == []
+
+
 async def test_a_message_is_found_by_its_number(shop: Shop) -> None:
     campaign_id = await shop.sending(5)
     (found,) = await messages.page(shop.pool, campaign_id, None, PHONE + 3, 0, 10)

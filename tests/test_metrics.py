@@ -150,7 +150,7 @@ async def test_receipts_are_counted_by_what_became_of_them(
 ) -> None:
     await shop.sending(5)
     await shop.send_all(ACCEPTED)
-    ids = [row[0] for row in await shop.pool.fetch("select provider_id from message")]
+    ids = [row[0] for row in await shop.pool.fetch("select provider_id from message_shown")]
     before = await scrape(api.public)
     receipts: list[dict[str, Any]] = [
         {"messageId": one, "status": "Delivered"} for one in [*ids[:3], "nobody's"]

@@ -72,8 +72,7 @@ async def shop(pool: database.Pool) -> AsyncIterator[Shop]:
 async def states(pool: database.Pool, campaign_id: int) -> list[int]:
     """Each message's state in the order of posting; of what its whole batch is unknown for, UNKNOWN."""
     rows = await pool.fetch(
-        "select coalesce(m.state, case when b.state = 11 then 5 end) as state from message m, lateral"
-        " (select state from batch where first_id <= m.id order by first_id desc limit 1) b"
+        "select case status when 'unknown' then 5 else own_state end as state from message_shown"
         " where campaign_id = $1 order by id",
         campaign_id,
     )

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator
 
+import asyncpg
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -848,7 +849,7 @@ async def test_a_withdraw_after_the_answer_changes_nothing(shop: Shop) -> None:
     ((grant, intent),) = await shop.post()
     await shop.answer(grant, intent, ACCEPTED)
     assert not await queue.withdraw(shop.pool, grant, "late")
-    assert await batches(shop.pool) == {BatchState.DONE: 1}
+    assert await batches(shop.pool) == {BatchState.ACCEPTED: 1}
 
 
 async def test_what_was_reaped_as_unknown_is_still_withdrawn_by_who_knows_that_nothing_left(
@@ -963,6 +964,153 @@ async def test_an_answer_finds_its_messages_by_one_walk_along_its_batch(
         assert await db.fetchval(scans) - before == 1
 
 
+async def shown(pool: database.Pool, campaign_id: int) -> list[tuple[object, ...]]:
+    rows = await pool.fetch(
+        "select id, status, own_state, provider_id, settled_at, finished_at, reason from message_shown"
+        " where campaign_id = $1 order by id",
+        campaign_id,
+    )
+    return [tuple(row) for row in rows]
+
+
+async def test_a_batch_that_was_accepted_whole_speaks_for_its_messages_until_their_receipts(
+    shop: Shop,
+) -> None:
+    campaign_id = await shop.begin(5)
+    await shop.expand(5, segments=2)
+    ((grant, intent),) = await shop.post()
+    rows = "select id, xmin::text from message order by id"
+    before = await shop.pool.fetch(rows)
+    shop.provider_ids = 0
+    await shop.answer(grant, intent, ACCEPTED)
+    assert await shop.pool.fetch(rows) == before, "no message was written"
+    batch = await shop.pool.fetchrow("select * from batch")
+    assert batch is not None
+    assert (batch["state"], batch["n"], batch["segments"]) == (BatchState.ACCEPTED, 0, 0)
+    assert (batch["owner"], batch["bulk_id"]) == (None, "bulk")
+    assert await shown(shop.pool, campaign_id) == [
+        (one, "accepted", ACCEPTED, f"M{place}", batch["done_at"], None, None)
+        for place, one in enumerate(intent.ids, 1)
+    ]
+    entry = await shop.pool.fetchrow("select kind, amount from ledger order by id desc limit 1")
+    assert entry is not None
+    assert tuple(entry) == ("spend", 10)
+    assert (await check_the_account(shop, campaign_id)).totals.spent == 10
+    await shop.receive(M2=30, M3=20, M4=11)
+    after = await shown(shop.pool, campaign_id)
+    assert [one[1] for one in after] == ["accepted", "delivered", "failed", "accepted", "accepted"]
+    assert [one[2] for one in after] == [10, 30, 20, 11, 10]
+    assert [one[3] for one in after] == ["M1", "M2", "M3", "M4", "M5"]
+    assert {one[4] for one in after} == {batch["done_at"]}
+    sums = (await check_the_account(shop, campaign_id)).totals
+    assert (sums.pending, sums.delivered, sums.delivery_failed) == (3, 1, 1)
+
+
+async def test_an_answer_that_is_written_again_changes_nothing(shop: Shop) -> None:
+    campaign_id = await shop.sending(5)
+    ((grant, intent),) = await shop.post()
+    answer = queue.Answer.of(items(intent.ids, (ACCEPTED, None)), None, 200)
+    answer = answer._replace(provider_ids="\n".join("ABCDE"))
+    assert await queue.settle_items(shop.pool, grant.batch_id, intent.attempt, answer)
+    before = await shown(shop.pool, campaign_id), await shop.pool.fetch("select * from attempt")
+    assert await queue.settle_items(shop.pool, grant.batch_id, intent.attempt, answer)
+    after = await shown(shop.pool, campaign_id), await shop.pool.fetch("select * from attempt")
+    assert after == before
+    assert (await check_the_account(shop, campaign_id)).totals.pending == 5
+
+
+@pytest.mark.parametrize(
+    "odd", ["opted out", "an id is ours", "an id is missing", "unsure", "late"]
+)
+async def test_what_is_out_of_the_ordinary_is_written_message_by_message(
+    shop: Shop, odd: str
+) -> None:
+    campaign_id = await shop.sending(5)
+    if odd == "opted out":
+        await shop.pool.execute(
+            "insert into opt_out (tenant_id, phone, source)"
+            " select $1, phone, 'test' from message order by id offset 2 limit 1",
+            shop.id,
+        )
+    ((grant, intent),) = await shop.post()
+    if odd == "an id is ours":
+        other = await shop.sending(5)
+        ((first, posted),) = await shop.post()
+        before = shop.provider_ids
+        await shop.answer(first, posted, ACCEPTED)
+        assert (await shown(shop.pool, other))[0][3] == f"M{before + 1}"
+        shop.provider_ids = before
+    elif odd == "unsure":
+        await shop.pool.execute("update batch set unsure = 1")
+    elif odd == "late":
+        await queue.settle_batch(shop.pool, grant.batch_id, intent.attempt, "unknown", "unknown")
+    if odd == "an id is missing":
+        states = [(ACCEPTED, "A"), (ACCEPTED, None), (ACCEPTED, "C")]
+        answer = queue.Answer.of(items(intent.ids, *states)[:3], None, 200)
+        found = items(intent.ids[3:], (ACCEPTED, "D"), (ACCEPTED, "E"))
+        answer = answer._replace(n=5, provider_ids="\n".join([answer.provider_ids, "D", "E"]))
+        assert len(found) == 2
+        await queue.settle_items(shop.pool, grant.batch_id, intent.attempt, answer)
+    else:
+        await shop.answer(grant, intent, ACCEPTED)
+    assert (await batches(shop.pool))[BatchState.DONE] == 1, "and no batch speaks for it"
+    own = await shop.pool.fetch(
+        "select state from message where campaign_id = $1 order by id", campaign_id
+    )
+    expected = [10] * 5
+    if odd == "opted out":
+        expected[2] = 50
+    elif odd == "an id is ours":
+        expected = [5] * 5
+    assert [row["state"] for row in own] == expected
+    await check_the_account(shop, campaign_id)
+
+
+async def test_an_answer_is_not_written_to_a_batch_that_is_declared_unknown_meanwhile(
+    shop: Shop,
+) -> None:
+    campaign_id = await shop.sending(5)
+    ((grant, intent),) = await shop.post()
+    async with shop.pool.acquire() as db, db.transaction():
+        await db.execute("update batch set state = 11, owner = null")
+        await db.execute("update attempt set outcome = 'unknown', ended_at = now()")
+        writing = asyncio.create_task(shop.answer(grant, intent, ACCEPTED))
+        await until_somebody_waits(shop.pool)
+    with pytest.raises(asyncpg.SerializationError):
+        await writing
+    assert await shop.pool.fetchval("select count(*) from provider_message") == 0
+    await shop.answer(grant, intent, ACCEPTED)
+    assert (await check_the_account(shop, campaign_id)).totals.pending == 5
+
+
+async def test_messages_that_say_themselves_what_their_batch_said_are_shown_the_same(
+    shop: Shop,
+) -> None:
+    campaign_id = await shop.sending(5)
+    ((grant, intent),) = await shop.post()
+    shop.provider_ids = 0
+    await shop.answer(grant, intent, ACCEPTED)
+    await shop.receive(M2=30, M3=20, M4=11)
+    before = await shown(shop.pool, campaign_id)
+    async with shop.pool.acquire() as db, db.transaction():
+        await db.execute("select expose_accepted($1)", grant.batch_id)
+        receipts = asyncio.create_task(shop.receive(M1=30, M5=20))
+        await until_somebody_waits(shop.pool)
+        again = asyncio.create_task(shop.pool.execute("select expose_accepted($1)", grant.batch_id))
+        await until_somebody_waits(shop.pool, 2)
+        assert [tuple(row) for row in await db.fetch(
+            "select id, status, own_state, provider_id, settled_at, finished_at, reason from message_shown"
+            " where campaign_id = $1 order by id", campaign_id,
+        )] == before  # fmt: skip
+    await receipts
+    await again
+    assert (await batches(shop.pool)) == {BatchState.DONE: 1}
+    after = await shown(shop.pool, campaign_id)
+    assert [one[2] for one in after] == [30, 30, 20, 11, 20]
+    assert [one[3:5] for one in after] == [one[3:5] for one in before]
+    await check_the_account(shop, campaign_id)
+
+
 async def test_an_id_that_is_already_ours_makes_its_message_unknown_and_no_other(
     shop: Shop,
 ) -> None:
@@ -975,7 +1123,8 @@ async def test_an_id_that_is_already_ours_makes_its_message_unknown_and_no_other
     answer = items(second[1].ids, ACCEPTED, (ACCEPTED, taken), ACCEPTED)
     await queue.settle_items(shop.pool, second[0].batch_id, 1, queue.Answer.of(answer, None, 200))
     rows = await shop.pool.fetch(
-        "select state, provider_id from message where id = any ($1) order by id", second[1].ids
+        "select own_state as state, provider_id from message_shown where id = any ($1) order by id",
+        second[1].ids,
     )
     assert [row["state"] for row in rows] == [10, 5, 10, 10, 10]
     assert rows[1]["provider_id"] is None

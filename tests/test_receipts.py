@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from shop import (
     ACCEPTED,
+    LOCK_MESSAGE,
     REFUSED,
     Shop,
     check_the_account,
@@ -69,14 +70,15 @@ async def accepted(shop: Shop, count: int, batch_size: int = 100) -> list[str]:
     campaign_id = await shop.sending(count, batch_size=batch_size)
     await shop.send_all(ACCEPTED)
     rows = await shop.pool.fetch(
-        "select provider_id from message where campaign_id = $1 order by id", campaign_id
+        "select provider_id from message_shown where campaign_id = $1 order by id", campaign_id
     )
     return [row["provider_id"] for row in rows]
 
 
 async def states(pool: database.Pool, ids: list[str]) -> list[int]:
     rows = await pool.fetch(
-        "select provider_id, state from message where provider_id = any ($1)", ids
+        "select provider_id, own_state as state from message_shown where provider_id = any ($1)",
+        ids,
     )
     found = {row["provider_id"]: row["state"] for row in rows}
     return [found[one] for one in ids]
@@ -191,7 +193,9 @@ async def test_a_receipt_that_waited_for_another_one_counts_from_where_that_left
     """Of one message; the group has others as well, before and after it."""
     campaign_id = await shop.sending(3)
     await shop.send_all(*[ACCEPTED] * 3)
-    ids = [row["provider_id"] for row in await pool.fetch("select * from message order by id")]
+    ids = [
+        row["provider_id"] for row in await pool.fetch("select * from message_shown order by id")
+    ]
     transaction = connection.transaction()
     await transaction.start()
     await queue.apply_receipts(connection, [receipt(ids[1], first)])
@@ -210,7 +214,7 @@ async def test_delivered_after_failed_takes_the_failure_back(
 ) -> None:
     campaign_id = await shop.sending(1)
     await shop.send_all(ACCEPTED)
-    one = await pool.fetchval("select provider_id from message")
+    one = await pool.fetchval("select provider_id from message_shown")
     await queue.apply_receipts(pool, [receipt(one, FAILED, description="Absent subscriber")])
     row = await pool.fetchrow("select reason, detail, finished_at from message")
     assert row is not None
@@ -218,7 +222,7 @@ async def test_delivered_after_failed_takes_the_failure_back(
     sums = (await check_the_account(shop, campaign_id)).totals
     assert (sums.pending, sums.delivered, sums.delivery_failed) == (0, 0, 1)
     await queue.apply_receipts(pool, [receipt(one, DELIVERED)])
-    row = await pool.fetchrow("select reason, detail, state from message")
+    row = await pool.fetchrow("select reason, detail, own_state as state from message_shown")
     assert row is not None
     assert tuple(row) == (None, None, DELIVERED)
     sums = (await check_the_account(shop, campaign_id)).totals
@@ -233,7 +237,7 @@ async def test_receipts_of_single_messages_move_no_campaign(
     async with pool.acquire() as connection, connection.transaction():
         await queue.add_message(connection, shop.id, shop.account_id, 306900000001, "x", "S", 1)
     await shop.send_all(ACCEPTED)
-    one = await pool.fetchval("select provider_id from message")
+    one = await pool.fetchval("select provider_id from message_shown")
     assert await queue.apply_receipts(pool, [receipt(one, DELIVERED)]) == (1, 0)
     assert await pool.fetchval("select count(*) from campaign_counter") == 0
 
@@ -243,11 +247,11 @@ async def test_what_mitto_refused_is_not_changed_by_a_receipt(
 ) -> None:
     await shop.sending(2)
     await shop.send_all(ACCEPTED, REFUSED)
-    one = await pool.fetchval("select provider_id from message where provider_id is not null")
+    one = await pool.fetchval("select provider_id from message_shown where provider_id is not null")
     assert await queue.apply_receipts(
         pool, [receipt("P-unknown", DELIVERED), receipt(one, ENROUTE)]
     ) == (1, 1)
-    rows = await pool.fetch("select state from message order by id")
+    rows = await pool.fetch("select own_state as state from message_shown order by id")
     assert [row["state"] for row in rows] == [ENROUTE, 40]
 
 
@@ -293,7 +297,7 @@ async def test_messages_of_a_cancelled_campaign_take_their_receipts(
     ((grant, intent),) = await shop.post()
     await shop.answer(grant, intent, ACCEPTED)
     await shop.act(campaign_id, campaigns.cancel)
-    rows = await pool.fetch("select provider_id from message where provider_id is not null")
+    rows = await pool.fetch("select provider_id from message_shown where provider_id is not null")
     ids = [row["provider_id"] for row in rows]
     moved = await queue.apply_receipts(pool, [receipt(one, DELIVERED) for one in ids])
     assert moved == (5, 0)
@@ -370,7 +374,9 @@ async def test_a_receipt_and_the_result_it_belongs_to_never_miss_each_other(
             *(settle(grant.batch_id, intent.ids[0]) for grant, intent in posted),
             *(receive(intent.ids[0]) for _, intent in posted),
         )
-    rows = await pool.fetch("select state, count(*) as n from message group by state")
+    rows = await pool.fetch(
+        "select own_state as state, count(*) as n from message_shown group by 1"
+    )
     assert [tuple(row) for row in rows] == [(DELIVERED, 200)]
     assert await pool.fetchval("select count(*) from early_receipt") == 0
 
@@ -383,7 +389,7 @@ async def test_a_receipt_that_its_result_missed_looks_again_once_it_is_committed
     await shop.sending(1)
     ((grant, intent),) = await shop.post()
     async with connection.transaction():
-        await connection.execute("select from message where provider_id = $1 for update", known)
+        await connection.execute(LOCK_MESSAGE, known)
         putting = asyncio.create_task(
             inbox.put([receipt(known, ENROUTE), receipt("missed", DELIVERED)])
         )
@@ -688,13 +694,13 @@ async def test_nothing_is_answered_before_it_is_durable(
     ids = await accepted(shop, 3)
     transaction = connection.transaction()
     await transaction.start()
-    await connection.execute("select from message where provider_id = $1 for update", ids[0])
+    await connection.execute(LOCK_MESSAGE, ids[0])
     waiting = [asyncio.create_task(inbox.put([receipt(one, DELIVERED)])) for one in ids]
     await until_somebody_waits(pool)
     assert not any(task.done() for task in waiting)
     await transaction.commit()
     await asyncio.gather(*waiting)
-    fresh = await connection.fetch("select state from message")
+    fresh = await connection.fetch("select own_state as state from message_shown")
     assert [row["state"] for row in fresh] == [DELIVERED] * 3
 
 
@@ -704,7 +710,7 @@ async def test_what_gathers_while_a_group_is_written_is_written_as_the_next(
     ids = await accepted(shop, 300)
     transaction = connection.transaction()
     await transaction.start()
-    await connection.execute("select from message where provider_id = $1 for update", ids[0])
+    await connection.execute(LOCK_MESSAGE, ids[0])
     first = asyncio.create_task(inbox.put([receipt(ids[0], DELIVERED)]))
     await until_somebody_waits(pool)
     rest = [asyncio.create_task(inbox.put([receipt(one, DELIVERED)])) for one in ids[1:]]
@@ -747,7 +753,7 @@ async def test_when_postgres_goes_away_everybody_hears_of_it_and_nothing_is_lost
     ids = await accepted(shop, 20)
     transaction = connection.transaction()
     await transaction.start()
-    await connection.execute("select from message where provider_id = $1 for update", ids[0])
+    await connection.execute(LOCK_MESSAGE, ids[0])
     waiting = [asyncio.create_task(inbox.put([receipt(one, DELIVERED)])) for one in ids]
     await until_somebody_waits(pool)
     await connection.execute(
@@ -785,7 +791,7 @@ async def test_a_caller_that_goes_away_takes_nobody_else_s_receipts_along(
     ids = await accepted(shop, 3)
     transaction = connection.transaction()
     await transaction.start()
-    await connection.execute("select from message where provider_id = $1 for update", ids[0])
+    await connection.execute(LOCK_MESSAGE, ids[0])
     first, second = [asyncio.create_task(inbox.put([receipt(one, DELIVERED)])) for one in ids[:2]]
     await until_somebody_waits(pool)
     first.cancel()
@@ -837,7 +843,7 @@ async def test_nobody_waits_longer_for_an_answer_than_is_promised(
     inbox = Inbox(pool, answer_seconds=0.2)
     task = asyncio.create_task(inbox.run())
     async with connection.transaction():
-        await connection.execute("select from message where provider_id = $1 for update", one)
+        await connection.execute(LOCK_MESSAGE, one)
         for state in (ENROUTE, DELIVERED):
             with pytest.raises(TimeoutError):
                 await inbox.put([receipt(one, state)])

@@ -166,7 +166,9 @@ class World:
         return [(BatchState(row["state"]), row["n"]) for row in rows]
 
     async def accepted(self) -> int:
-        return int(await self.pool.fetchval("select count(*) from message where state = 10"))
+        return int(
+            await self.pool.fetchval("select count(*) from message_shown where own_state = 10")
+        )
 
 
 @pytest.fixture
@@ -396,7 +398,7 @@ async def test_a_batch_whose_claim_was_forgotten_is_not_posted_again(world: Worl
     await world.accept(me, grant, intent)
     await world.fail_over()
     await world.recover()
-    assert await world.batches() == [(BatchState.DONE, 0), (BatchState.READY, 5)]
+    assert await world.batches() == [(BatchState.ACCEPTED, 0), (BatchState.READY, 5)]
     progress = await check_the_account(shop, campaign_id)
     assert (progress.totals.pending, progress.totals.queued) == (5, 5)
     await world.send_the_rest(me)
@@ -546,7 +548,7 @@ async def test_batches_that_were_cut_and_forgotten_are_cut_again(world: World) -
     await world.fail_over()
     await world.recover()
     assert await world.batches() == [
-        (BatchState.SENDING, 10), (BatchState.DONE, 0), (BatchState.READY, 10)
+        (BatchState.SENDING, 10), (BatchState.ACCEPTED, 0), (BatchState.READY, 10)
     ]  # fmt: skip
     await check_the_account(shop, campaign_id)
     await world.accept(me, *sent[0])
@@ -614,6 +616,23 @@ async def test_what_stands_as_posted_by_one_who_knows_nothing_of_it_is_unknown(
     assert (await check_the_account(shop, campaign_id)).totals.unknown == 5
 
 
+async def test_what_was_accepted_in_its_place_stays_where_it_is(world: World) -> None:
+    me, shop = world.shop.replica_id, world.shop
+    campaign_id = await shop.sending(5)
+    ((grant, intent),) = await world.send(me)
+    await world.accept(me, grant, intent)
+    await shop.receive(**{f"M{intent.ids[1]}": 30})
+    rows = "select id, own_state, provider_id, settled_at from message_shown order by id"
+    before = await world.pool.fetch(rows)
+    said = await world.pool.fetchval(
+        "select reassert($1, $2, 2, $3, $4, $5, $6, $7, 'S', $8, $9, $10, $11)",
+        grant.batch_id, grant.epoch + 1, campaign_id, shop.id, shop.account_id, me, grant.slot_us,
+        intent.ids, intent.phones, intent.texts, [1] * 5,
+    )  # fmt: skip
+    assert said == "conflict"
+    assert await world.pool.fetch(rows) == before
+
+
 async def test_a_lease_that_was_forgotten_cannot_be_withdrawn_from_who_has_it_now(
     world: World,
 ) -> None:
@@ -649,7 +668,7 @@ async def test_a_single_message_that_was_forgotten_is_there_again(world: World) 
     await world.fail_over()
     await world.recover()
     rows = await world.pool.fetch(
-        "select phone, text, state, segments from message where id = $1", forgotten
+        "select phone, text, own_state, segments from message_shown where id = $1", forgotten
     )
     assert [tuple(row) for row in rows] == [(306_900_000_002, "Hello", 10, 1)]
     assert await world.accepted() == 2

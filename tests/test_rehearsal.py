@@ -14,7 +14,7 @@ SEQUENCES = (
     "select sequencename, last_value from pg_sequences where sequencename <> 'ledger_id_seq'"
 )
 PREPARED = "select statement from pg_prepared_statements"
-WAY = ("claim", "intent", "settle_items", "rejoin_receipts", "apply_receipts")
+WAY = ("claim", "intent", "settle_accepted", "rejoin_receipts", "apply_receipts")
 
 
 async def counts(pool: database.Pool) -> dict[str, int]:
@@ -41,7 +41,7 @@ async def test_every_connection_goes_the_whole_way_and_nothing_is_left_of_it(
             prepared = {row["statement"] for row in await connection.fetch(PREPARED)}
             assert {queue.SQL[name] for name in WAY} <= prepared
     await shop.send_all(ACCEPTED)
-    assert await pool.fetchval("select count(provider_id) from message") == 10
+    assert await pool.fetchval("select count(provider_id) from message_shown") == 10
     await assert_sound(pool)
 
 

@@ -114,7 +114,7 @@ async def verdicts(pool: database.Pool) -> list[tuple[str | None, int]]:
 async def agree(pool: database.Pool, provider: Simulator) -> None:
     """Every message that the provider accepted is delivered here, under its own id."""
     theirs = {(one.destination, one.message_id) for one in provider.ledger.messages()}
-    ours = await pool.fetch("select phone, provider_id from message where state = 30")
+    ours = await pool.fetch("select phone, provider_id from message_shown where own_state = 30")
     assert {(row["phone"], row["provider_id"]) for row in ours} == theirs
     assert provider.ledger.duplicates("destination") == []
 
@@ -225,7 +225,7 @@ async def test_a_reference_tells_two_messages_apart(
         await receive(pool, ids_of(provider))
         await work.resolve()
     sent = {one.message_id: one.reference for one in provider.ledger.messages()}
-    ours = await pool.fetch("select id, provider_id from message where state = 30")
+    ours = await pool.fetch("select id, provider_id from message_shown where own_state = 30")
     assert {row["provider_id"]: f"smsd-{row['id']}-1" for row in ours} == sent
     assert {row["id"] for row in ours} == {first, second}
 
@@ -452,7 +452,9 @@ async def test_what_was_sent_again_and_accepted_twice_is_accepted_here_once(
         await receive(pool, ids_of(provider))
         await work.resolve()
     first, second = ids_of(provider)
-    assert await pool.fetchval("select provider_id from message where state = 30") == second
+    assert (
+        await pool.fetchval("select provider_id from message_shown where own_state = 30") == second
+    )
     assert await pool.fetchval("select provider_id from early_receipt") == first
     assert await verdicts(pool) == [("taken", 1)]
     await check_the_account(shop, campaign_id)

@@ -74,7 +74,7 @@ async def test_every_message_arrives_once_with_its_text_number_and_sender(
     campaign_id = await shop.sending(230, batch_size=50)
     async with sending(pool, shop.replica_id, mitto.url) as at_work:
         await at_work.until_done()
-    rows = await pool.fetch("select phone, text, provider_id from message")
+    rows = await pool.fetch("select phone, text, provider_id from message_shown")
     sent = list(mitto.ledger.messages())
     assert sorted((one.destination, one.text, one.message_id) for one in sent) == sorted(
         (row["phone"], row["text"], row["provider_id"]) for row in rows

@@ -11,7 +11,7 @@ import orjson
 import pytest
 from conftest import Api, Reply, open_api
 from pydantic import SecretStr
-from shop import ACCEPTED, Shop, shop_of, until_somebody_waits
+from shop import ACCEPTED, LOCK_MESSAGE, Shop, shop_of, until_somebody_waits
 from structlog.testing import capture_logs
 from support import Relay, assert_sound
 
@@ -44,13 +44,15 @@ async def selling(api: Api, n: int, **account: Any) -> tuple[Shop, list[str]]:
     campaign_id = await shop.sending(n, batch_size=500)
     await shop.send_all(ACCEPTED)
     rows = await shop.pool.fetch(
-        "select provider_id from message where campaign_id = $1 order by id", campaign_id
+        "select provider_id from message_shown where campaign_id = $1 order by id", campaign_id
     )
     return shop, [row["provider_id"] for row in rows]
 
 
 async def states(pool: database.Pool) -> dict[str, int]:
-    rows = await pool.fetch("select provider_id, state from message where provider_id is not null")
+    rows = await pool.fetch(
+        "select provider_id, own_state as state from message_shown where provider_id is not null"
+    )
     return {row["provider_id"]: row["state"] for row in rows}
 
 
@@ -276,7 +278,7 @@ async def test_a_receipt_is_answered_only_after_it_is_committed(
 ) -> None:
     shop, (one,) = await selling(api, 1)
     async with connection.transaction():
-        await connection.execute("select from message where provider_id = $1 for update", one)
+        await connection.execute(LOCK_MESSAGE, one)
         asking = asyncio.create_task(receive(api, receipt(one)))
         await until_somebody_waits(shop.pool)
         assert not asking.done()
@@ -288,7 +290,7 @@ async def test_a_receipt_whose_write_breaks_is_503_and_lands_when_it_comes_again
 ) -> None:
     shop, (one,) = await selling(api, 1)
     async with connection.transaction():
-        await connection.execute("select from message where provider_id = $1 for update", one)
+        await connection.execute(LOCK_MESSAGE, one)
         asking = asyncio.create_task(receive(api, receipt(one)))
         await until_somebody_waits(shop.pool)
         await connection.execute(
@@ -308,7 +310,7 @@ async def test_nothing_of_a_body_whose_write_breaks_is_kept_so_that_its_repeat_d
     body = [receipt(one), receipt("early"), receipt(one, "Teleported"), 7]
     kept = "select (select count(*) from raw_receipt) as raw, (select count(*) from early_receipt) as early"
     async with connection.transaction():
-        await connection.execute("select from message where provider_id = $1 for update", one)
+        await connection.execute(LOCK_MESSAGE, one)
         asking = asyncio.create_task(receive(api, body))
         await until_somebody_waits(shop.pool)
         await connection.execute(
@@ -356,7 +358,7 @@ async def test_more_receipts_than_memory_should_hold_are_503(
 ) -> None:
     shop, (one,) = await selling(api, 1)
     async with connection.transaction():
-        await connection.execute("select from message where provider_id = $1 for update", one)
+        await connection.execute(LOCK_MESSAGE, one)
         written = []
         for n in range(1, receipts.WRITERS + 1):  # every writer has something to do
             written.append(asyncio.create_task(receive(api, receipt(one))))

@@ -241,7 +241,7 @@ class Request:
     @property
     def connection(self) -> Connection:
         """`db` where it is one."""
-        assert not isinstance(self.db, asyncpg.Pool)
+        assert not isinstance(self.db, asyncpg.Pool | database.Share)
         return self.db
 
     @property

@@ -7,8 +7,7 @@ select (select count(*) from message where campaign_id <> 0)::bigint as checked,
                  where campaign_id <> 0 and phone is not null group by 1, 2 having count(*) > 1) x
         union all
         select count(*), min(format('id %s is on %s messages', provider_id, k))
-          from (select provider_id, count(*) as k from message
-                 where provider_id is not null group by 1 having count(*) > 1) x
+          from (select provider_id, count(*) as k from message_given group by 1 having count(*) > 1) x
         union all
         select count(*), min(format('batch %s attempt %s was answered after a newer one', batch_id, n))
           from attempt where outcome = 'duplicate') b;
@@ -33,8 +32,14 @@ select (select count(*) from message)::bigint as checked, coalesce(sum(b.n), 0):
                   from batch b
                   left join message m on m.campaign_id = b.campaign_id and m.id between b.first_id and b.last_id
                                      and m.state is null
-                 where b.state <> 10 or b.n <> 0
+                 where b.state not in (10, 13) or b.n <> 0
                  group by b.id) x where n <> k or segments <> s
+        union all
+        select count(*), min(format('batch %s was accepted with %s ids, it has %s messages', id, ids, size))
+          from (select b.id, b.last_id - b.first_id + 1 as size,
+                       coalesce(cardinality(string_to_array(a.provider_ids, E'\n')), 0) as ids
+                  from batch b left join attempt a on a.batch_id = b.id and a.n = b.attempt
+                 where b.state = 13) x where ids <> size
         union all
         select count(*), min(format('campaign %s sends with nothing to do since %s', c.id, c.updated_at))
           from campaign c join expansion e on e.campaign_id = c.id
@@ -91,9 +96,9 @@ with entries as (
     from ledger group by tenant_id),
 decided as (
   select b.tenant_id, b.campaign_id, sum(m.segments) filter (where m.state = 5) as unsure,
-         sum(m.segments) filter (where m.state in (10, 11, 20, 30)) as worth
+         sum(m.segments) filter (where m.state is null or m.state in (10, 11, 20, 30)) as worth
     from batch b join message m on m.campaign_id = b.campaign_id and m.id between b.first_id and b.last_id
-   where m.state in (5, 10, 11, 20, 30) group by b.tenant_id, b.campaign_id),
+   where m.state in (5, 10, 11, 20, 30) or (m.state is null and b.state = 13) group by b.tenant_id, b.campaign_id),
 kept as (
   select tenant_id, campaign_id, sum(held) as held
     from (select tenant_id, coalesce(campaign_id, 0) as campaign_id,
@@ -142,12 +147,12 @@ select (select count(*) from provider_message)::bigint as checked, coalesce(sum(
   from (select count(*) as n, min(format('id %s names message %s, which does not have it', p.provider_id, p.message_id))
                  as example
           from provider_message p
-          left join message m on m.campaign_id = p.campaign_id and m.id = p.message_id
+          left join message_given m on m.campaign_id = p.campaign_id and m.id = p.message_id
          where m.provider_id is distinct from p.provider_id
         union all
         select count(*), min(format('message %s has an id that nobody can look up', m.id))
-          from message m left join provider_message p on p.provider_id = m.provider_id
-         where m.provider_id is not null and p.provider_id is null
+          from message_given m left join provider_message p on p.provider_id = m.provider_id
+         where p.provider_id is null
            and not exists (select from campaign c where c.id = m.campaign_id and c.removed_at is not null)
         union all
         select count(*), min(format('a receipt for %s waits since %s', e.provider_id, e.received_at))

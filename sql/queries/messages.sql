@@ -23,8 +23,9 @@ select coalesce(sum(
 
 -- name: page_by_own_state
 -- A page of a campaign's messages that are in one of these states themselves.
-select * from message_shown where campaign_id = $1 and id > $2 and own_state = any ($3::smallint[])
- order by id limit $4;
+with page as (
+  select id from message where campaign_id = $1 and id > $2 and state = any ($3::smallint[]) order by id limit $4)
+select s.* from page join message_shown s on s.campaign_id = $1 and s.id = page.id order by s.id;
 
 -- name: page_by_batch_state
 -- A page of those which a batch in one of these states speaks for.
@@ -72,13 +73,9 @@ select count(*) from batch where campaign_id = $1;
 -- The next messages that wait for a final receipt, round and round; the cursor moves.
 with c as (select id, refresh_cursor from campaign where id = $1 for no key update),
 after as (
-  select m.id, m.provider_id from message m
-   where m.campaign_id = $1 and m.id > (select refresh_cursor from c) and m.state in (10, 11) and m.provider_id is not null
-   order by m.id limit $2),
+  select p.* from c, pending_messages($1, c.refresh_cursor, 9223372036854775807, $2) p),
 before as (
-  select m.id, m.provider_id from message m
-   where m.campaign_id = $1 and m.id <= (select refresh_cursor from c) and m.state in (10, 11) and m.provider_id is not null
-   order by m.id limit $2 - (select count(*) from after)),
+  select p.* from c, pending_messages($1, 0, c.refresh_cursor, $2 - (select count(*) from after)) p),
 moved as (
   update campaign set refresh_cursor = coalesce((select max(id) from before), (select max(id) from after), 0)
    where id = $1)

@@ -65,6 +65,10 @@ select us, arrived_late($1, $2, $3, $4, us) from until;
 -- A missed slot for another one, as long as nothing left; null, and the old one given back, where there is none soon.
 select retake_slot($1, $2, $3, $4, $5);
 
+-- name: settle_accepted
+-- Mitto accepted all of a batch. False after a newer attempt.
+select settle_accepted($1, $2, $3, $4, $5, $6, $7);
+
 -- name: settle_items
 -- Mitto's answer item by item: states, ids, credits, counters. False after a newer attempt.
 select settle_items($1, $2, coalesce($5, array(select generate_series($3::bigint, $3 + $4::int - 1))),

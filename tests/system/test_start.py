@@ -119,11 +119,11 @@ async def test_a_rehearsal_that_fails_is_told_and_the_start_goes_on(
     await installation.migrate()
     assert installation.dsn is not None
     connection = await database.connect(installation.dsn)
-    await connection.execute("alter function settle_items rename to settled_otherwise")
+    await connection.execute("alter function settle_accepted rename to settled_otherwise")
     await connection.close()
     daemon = await installation.serve()
     told = await daemon.logged("rehearsal.failed")
-    assert "settle_items" in told["error"]
+    assert "settle_accepted" in told["error"]
 
 
 # ----------------------------------------------------------------------------------------- refuses
