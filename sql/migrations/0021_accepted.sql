@@ -4,6 +4,7 @@
 
 alter table attempt add column provider_ids text;
 alter table attempt alter column provider_ids set storage external;   -- ids do not shrink, and trying takes longer
+alter table message set (fillfactor = 60);     -- one new version of a row where there were two, and mostly not of all at once
 comment on column message.settled_at is 'null also where an accepted batch spoke for it: then it is the batch''s done_at';
 
 -- The state that is shown: a message's own if it has one, else its batch's. What an accepted batch says of a message, its
