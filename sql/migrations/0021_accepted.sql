@@ -89,8 +89,9 @@ begin
      and m.campaign_id = b.campaign_id and m.id = a.first_id + u.place - 1 and m.state is null;
 end $$;
 
--- Mitto accepted all of a batch, and these are their ids in the order of the messages, a line each: one insert a batch
--- beside the ids' own. Where anything is out of the ordinary, settle_items writes it message by message; as there.
+-- Mitto accepted all of a batch: p_n messages from p_first on, with these ids in their order, a line each. The batch says
+-- so, and no message is written. Where anything is out of the ordinary, settle_items writes it message by message, and
+-- what is returned is as there.
 create function settle_accepted(p_batch bigint, p_attempt int, p_first bigint, p_n int, p_provider_ids text,
                                 p_bulk_id text, p_status int)
 returns boolean language plpgsql set plan_cache_mode = force_generic_plan set enable_seqscan = off as $$
@@ -110,10 +111,10 @@ begin
        where id = b.id and (state, attempt, first_id, last_id) = (3, p_attempt, b.first_id, b.last_id);
       if not found then raise exception 'batch % moved while its answer was written', p_batch
         using errcode = 'serialization_failure'; end if;
-      perform count_messages(b.campaign_id, b.n, 0, 0, 0, 0, 0, b.segments);
-      perform move_credits(b.tenant_id, 'spend', b.segments, b.campaign_id, b.id, 'accepted');
       update attempt set outcome = 'accepted', status = p_status, ended_at = now_, provider_ids = p_provider_ids
        where batch_id = b.id and n = p_attempt;
+      perform count_messages(b.campaign_id, b.n, 0, 0, 0, 0, 0, b.segments);
+      perform move_credits(b.tenant_id, 'spend', b.segments, b.campaign_id, b.id, 'accepted');
       return true;
     end if;
   end if;
