@@ -46,9 +46,9 @@ TICK_SECONDS = 1.0
 KEEP_SECONDS = 0.5
 UNWIND_SECONDS = 3.0
 """What is kept of the shutdown budget for closing HTTP, loops and connections."""
-KEPT, LEAST_AT_WORK = 7, 3
-"""Connections that expanding and sending leave to others (callers, receipts, news, housekeeping), and what they have
-at least. More than three at once take Postgres longer, not less long, where it shares two cores with the daemon."""
+KEPT, LEAST_SHARE = 7, 3
+"""Connections that new work (expanding, claims, intents) leaves to others: answers, callers, receipts, news,
+housekeeping; and how many it has at least. More at once take Postgres longer where it shares two cores with us."""
 
 
 class ListenError(Exception):
@@ -83,13 +83,13 @@ async def serve(
         standing = queue.Standing(f"{socket.gethostname()}:{os.getpid()}", settings.lease_seconds)
         memory = recovery.Memory()
         housekeeping = Housekeeping(pool, standing, memory)
-        at_work = database.Share(pool, max(LEAST_AT_WORK, settings.pool_size - KEPT))
-        expander = Expander(at_work, standing, keys, settings.link_base)
+        share = database.Share(pool, max(LEAST_SHARE, settings.pool_size - KEPT))
+        expander = Expander(share, standing, keys, settings.link_base)
         importer = Importer(pool, lambda: standing.replica_id)
         inbox = Inbox(pool)
         resolver = Resolver(pool, client, settings)
         sender = Sender(
-            at_work, client, standing, settings, housekeeping.wake, resolver.order_holds, memory
+            pool, client, standing, settings, housekeeping.wake, resolver.order_holds, memory, share
         )
 
         def look_everywhere() -> None:

@@ -15,7 +15,7 @@ import structlog
 
 from smsd import database, mitto, queue
 from smsd.config import Settings
-from smsd.database import Pool, Share
+from smsd.database import Pool
 from smsd.model import Outcome
 
 log = structlog.get_logger()
@@ -63,7 +63,7 @@ class Place:
     knows that it arrived."""
 
     def __init__(
-        self, pool: Pool | Share, clock: queue.DatabaseClock, account_id: int, claimed: queue.Grant
+        self, pool: Pool, clock: queue.DatabaseClock, account_id: int, claimed: queue.Grant
     ) -> None:
         self._pool, self._clock, self._account_id = pool, clock, account_id
         self.claimed = self.grant = claimed
@@ -132,7 +132,7 @@ class Turn(NamedTuple):
 class Questions:
     """Requests that are no batches: look-ups at Mitto, each under a grant of its account's limit."""
 
-    def __init__(self, pool: Pool | Share, client: mitto.Client, all_limit: int | None) -> None:
+    def __init__(self, pool: Pool, client: mitto.Client, all_limit: int | None) -> None:
         self._pool, self._client, self._all_limit = pool, client, all_limit
         self._clock = queue.DatabaseClock()
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Self
 import orjson
 
 from smsd import arrival, database, metrics
-from smsd.database import Connection, Executor, Pool, Share
+from smsd.database import Connection, Executor, Pool
 from smsd.mitto import ItemResult
 from smsd.model import MessageState
 
@@ -184,7 +184,7 @@ class DatabaseClock:
         narrow = self._read_at is not None and self._high - self._low <= 2 * self._DOUBT_MOST
         return narrow or self._readings >= self._READINGS
 
-    async def learn(self, pool: Pool | Share) -> float:
+    async def learn(self, pool: Pool) -> float:
         """Reads until it is known; returns what `observe` does."""
         if self.is_known():
             return 0.0

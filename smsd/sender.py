@@ -43,15 +43,18 @@ class Sender:
 
     def __init__(
         self,
-        pool: Pool | Share,
+        pool: Pool,
         client: mitto.Client,
         standing: queue.Standing,
         settings: Settings,
         on_settled: Callable[[], None],
         order_holds: OrderCheck | None = None,
         memory: Memory | None = None,
+        share: Share | None = None,
     ) -> None:
         self._pool, self._client, self._standing, self._settings = pool, client, standing, settings
+        # For what leads to new requests. What was answered waits for no turn.
+        self._share = share or pool
         self._on_settled, self._order_holds = on_settled, order_holds
         self._memory = memory or Memory()
         self.counts: Counter[str] = Counter()
@@ -148,7 +151,7 @@ class Sender:
         faults.point("claim.asking")
         before = mitto.clock()
         claim = await queue.claim(
-            self._pool,
+            self._share,
             account.row.id,
             self._standing.replica_id,
             want,
@@ -249,7 +252,8 @@ class Sender:
             started = mitto.clock()
             faults.point("intent.writing")
             try:
-                intent = await queue.intent(self._pool, grant, self._standing.replica_id)
+                db = self._pool if single else self._share
+                intent = await queue.intent(db, grant, self._standing.replica_id)
             except database.AWAY as error:
                 why = f"intent not acknowledged: {error!r}"
             else:
