@@ -87,7 +87,10 @@ class Settings(BaseSettings):
         description="days that messages are kept after their campaign ended; fractions too; 0 keeps all",
     )
     pool_size: int = Field(
-        10, ge=4, le=200, description="connections to Postgres; all but seven begin new work"
+        10,
+        ge=4,
+        le=200,
+        description="connections to Postgres: three tenths for new work, a fifth for answers",
     )
     shutdown_seconds: float = Field(
         30, gt=0, le=3600, description="budget of an orderly stop; at least the time-out + 5"

@@ -46,9 +46,9 @@ TICK_SECONDS = 1.0
 KEEP_SECONDS = 0.5
 UNWIND_SECONDS = 3.0
 """What is kept of the shutdown budget for closing HTTP, loops and connections."""
-KEPT, LEAST_SHARE = 7, 3
-"""Connections that new work (expanding, claims, intents) leaves to others: answers, callers, receipts, news,
-housekeeping; and how many it has at least. More at once take Postgres longer where it shares two cores with us."""
+LEAST_SHARE = 3
+"""Three tenths of the connections, and no fewer than this, are for new work: expanding, claims, intents. More at once
+take Postgres longer where it shares two cores with us."""
 
 
 class ListenError(Exception):
@@ -83,7 +83,7 @@ async def serve(
         standing = queue.Standing(f"{socket.gethostname()}:{os.getpid()}", settings.lease_seconds)
         memory = recovery.Memory()
         housekeeping = Housekeeping(pool, standing, memory)
-        share = database.Share(pool, max(LEAST_SHARE, settings.pool_size - KEPT))
+        share = database.Share(pool, max(LEAST_SHARE, settings.pool_size * 3 // 10))
         expander = Expander(share, standing, keys, settings.link_base)
         importer = Importer(pool, lambda: standing.replica_id)
         inbox = Inbox(pool)

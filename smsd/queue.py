@@ -60,8 +60,8 @@ class Claim(NamedTuple):
 
 
 class Intent(NamedTuple):
-    """verdict: post | lost | cancelled | paused | empty; the rest is only there for post. `early_mark`: as
-    the function says; None: not known."""
+    """verdict: post | lost | cancelled | paused | empty; the rest is only there for post. `early_mark`: as of
+    `Written`; None: not known."""
 
     verdict: str
     attempt: int
@@ -414,21 +414,37 @@ class Answer(NamedTuple):
         return [one for one in self.provider_ids.split("\n") if one]
 
 
+class Written(NamedTuple):
+    """`written`: False where a newer attempt exists, and the answer was recorded only. `early_mark`: how many early
+    receipts there have ever been by then, those of others included that are not committed yet: if it is what the
+    intent said, none of that attempt has come."""
+
+    written: bool
+    early_mark: int
+
+
+async def settle(
+    db: Executor, batch_id: int, attempt: int, answer: Answer, *, mapped: bool = True
+) -> Written:
+    """Writes an answer that decided item by item: one transaction. `mapped`: off where nobody knows which id is whose;
+    with an id for each, all are accepted then, else all unknown, and the ids are kept to be asked about."""
+    if mapped and answer.whole():
+        row = await db.fetchrow(
+            SQL["settle_accepted"], batch_id, attempt, answer.first_id, answer.n,
+            answer.provider_ids, answer.bulk_id, answer.status,
+        )  # fmt: skip
+    else:
+        statement = SQL["settle_items" if mapped else "settle_unmapped"]
+        row = await db.fetchrow(statement, batch_id, attempt, *answer)
+    assert row is not None
+    return Written(bool(row["written"]), row["early_mark"])
+
+
 async def settle_items(
     db: Executor, batch_id: int, attempt: int, answer: Answer, *, mapped: bool = True
 ) -> bool:
-    """Writes an answer that decided item by item: one transaction. False: a newer attempt exists, recorded only.
-    `mapped`: off where nobody knows which id is whose; with an id for each, all are accepted then, else all unknown,
-    and the ids are kept to be asked about."""
-    if mapped and answer.whole():
-        return bool(
-            await db.fetchval(
-                SQL["settle_accepted"], batch_id, attempt, answer.first_id, answer.n,
-                answer.provider_ids, answer.bulk_id, answer.status,
-            )
-        )  # fmt: skip
-    statement = SQL["settle_items" if mapped else "settle_unmapped"]
-    return bool(await db.fetchval(statement, batch_id, attempt, *answer))
+    """As `settle`, without the mark."""
+    return (await settle(db, batch_id, attempt, answer, mapped=mapped)).written
 
 
 def _joined(provider_ids: Sequence[str]) -> str:
@@ -556,12 +572,6 @@ def _joined_times(ats: Sequence[datetime | None]) -> str:
 
 def _columns(rows: Sequence[tuple[Any, ...]], width: int) -> list[list[Any]]:
     return [list(column) for column in zip(*rows, strict=True)] or [[] for _ in range(width)]
-
-
-async def early_mark(db: Executor) -> int:
-    """How many early receipts there have ever been, those of others included that are not committed yet: if it is what
-    an intent said, none of that attempt has come."""
-    return int(await db.fetchval(SQL["early_mark"]))
 
 
 async def rejoin_receipts(db: Executor, provider_ids: Sequence[str] | None) -> int:

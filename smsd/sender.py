@@ -27,6 +27,8 @@ log = structlog.get_logger()
 LEAD_SECONDS_LEAST, LEAD_SECONDS_FIRST, LEAD_SECONDS_MOST = 0.004, 0.03, 0.06
 RETAKES_MOST = 3
 """How often a batch that missed its slot takes another one before it is given back."""
+LEAST_ANSWERS = 2
+"""A fifth of the connections, and no fewer than this, write answers."""
 SECOND_US = 1_000_000
 CLOSED_SECONDS = (SECOND_US + queue.GUARD_US + 2 * queue.HORIZON_US) / 1e6
 """After the database's clock stepped ahead: its limiters have forgotten what left within the last second."""
@@ -53,8 +55,9 @@ class Sender:
         share: Share | None = None,
     ) -> None:
         self._pool, self._client, self._standing, self._settings = pool, client, standing, settings
-        # For what leads to new requests. What was answered waits for no turn.
+        # New work waits for its turn behind no answer, and answers behind no new work.
         self._share = share or pool
+        self._answers = Share(pool, max(LEAST_ANSWERS, settings.pool_size // 5))
         self._on_settled, self._order_holds = on_settled, order_holds
         self._memory = memory or Memory()
         self.counts: Counter[str] = Counter()
@@ -455,7 +458,7 @@ class Sender:
         batch_id = grant.batch_id
         try:
             written = await database.until_written(
-                lambda: queue.settle_items(self._pool, batch_id, attempt, answer, mapped=mapped)
+                lambda: queue.settle(self._answers, batch_id, attempt, answer, mapped=mapped)
             )
         except (asyncpg.PostgresError, ValueError):
             # An answer that cannot be written as it is must still not be lost: its receipts can speak for it.
@@ -466,14 +469,14 @@ class Sender:
                     detail="the answer could not be written",
                 )
             )  # fmt: skip
-        await database.until_written(lambda: self._look_again(early_mark, answer))
-        return "done" if written else "duplicate"
-
-    async def _look_again(self, early_mark: int | None, answer: queue.Answer) -> None:
-        """A receipt may have missed our result, as we may have missed it: look again in a new snapshot, unless none
-        came since the intent. Whichever comes from now on looks when the result is committed already."""
-        if early_mark is None or await queue.early_mark(self._pool) != early_mark:
-            await queue.rejoin_receipts(self._pool, answer.given_ids())
+        # A receipt may have missed our result, as we may have missed it: look again in a new snapshot, unless none came
+        # since the intent. Whichever comes from now on looks when the result is committed already; for what came right
+        # between the two, housekeeping looks.
+        if written.early_mark != early_mark:
+            await database.until_written(
+                lambda: queue.rejoin_receipts(self._pool, answer.given_ids())
+            )
+        return "done" if written.written else "duplicate"
 
     async def _act_on(
         self,

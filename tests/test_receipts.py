@@ -436,18 +436,31 @@ async def test_an_early_receipt_that_comes_again_is_kept_once(pool: database.Poo
 async def test_the_mark_of_early_receipts_moves_with_each_whether_or_not_it_is_committed_or_still_there(
     pool: database.Pool,
 ) -> None:
-    marks = [await queue.early_mark(pool)]
+    shop = await open_shop(pool, await new_account(pool), await queue.register(pool, "test", "0"))
+
+    async def mark() -> int:
+        """As an intent and its answer tell it."""
+        await shop.sending(1)
+        ((grant, intent),) = await shop.post()
+        answer = queue.Answer.of(
+            [ItemResult(intent.ids[0], ACCEPTED, f"mark {intent.ids[0]}", None)], None, 200
+        )
+        written = await queue.settle(pool, grant.batch_id, intent.attempt, answer)
+        assert written == (True, intent.early_mark)
+        return written.early_mark
+
+    marks = [await mark()]
     async with pool.acquire() as db:
         transaction = db.transaction()
         await transaction.start()
         await queue.apply_receipts(db, [receipt("a", DELIVERED)])
-        marks.append(await queue.early_mark(pool))
+        marks.append(await mark())
         await transaction.rollback()
     await queue.apply_receipts(pool, [receipt("b", DELIVERED)])
-    marks.append(await queue.early_mark(pool))
+    marks.append(await mark())
     await pool.execute("delete from early_receipt")
     await queue.apply_receipts(pool, [receipt("c", DELIVERED)])
-    marks.append(await queue.early_mark(pool))
+    marks.append(await mark())
     assert marks == sorted(set(marks))
 
 

@@ -66,20 +66,23 @@ select us, arrived_late($1, $2, $3, $4, us) from until;
 select retake_slot($1, $2, $3, $4, $5);
 
 -- name: settle_accepted
--- Mitto accepted all of a batch. False after a newer attempt.
-select settle_accepted($1, $2, $3, $4, $5, $6, $7);
+-- Mitto accepted all of a batch. False after a newer attempt; and the newest early receipt by then, as in intent.
+select w.written, coalesce(pg_sequence_last_value('early_receipt_id_seq'), 0) as early_mark
+  from (select settle_accepted($1, $2, $3, $4, $5, $6, $7) as written offset 0) w;
 
 -- name: settle_items
--- Mitto's answer item by item: states, ids, credits, counters. False after a newer attempt.
-select settle_items($1, $2, coalesce($5, array(select generate_series($3::bigint, $3 + $4::int - 1))),
-       coalesce($6, array_fill(10::smallint, array[$4])), string_to_array($7, E'\n', ''),
-       coalesce($8, array_fill(null::text, array[1])), $9, $10);
+-- Mitto's answer item by item: states, ids, credits, counters. As above.
+select w.written, coalesce(pg_sequence_last_value('early_receipt_id_seq'), 0) as early_mark
+  from (select settle_items($1, $2, coalesce($5, array(select generate_series($3::bigint, $3 + $4::int - 1))),
+                            coalesce($6, array_fill(10::smallint, array[$4])), string_to_array($7, E'\n', ''),
+                            coalesce($8, array_fill(null::text, array[1])), $9, $10) as written offset 0) w;
 
 -- name: settle_unmapped
--- An answer whose ids may be anybody's of the batch. False after a newer attempt.
-select settle_unmapped($1, $2, coalesce($5, array(select generate_series($3::bigint, $3 + $4::int - 1))),
-       coalesce($6, array_fill(10::smallint, array[$4])), string_to_array($7, E'\n', ''),
-       coalesce($8, array_fill(null::text, array[1])), $9, $10);
+-- An answer whose ids may be anybody's of the batch. As above.
+select w.written, coalesce(pg_sequence_last_value('early_receipt_id_seq'), 0) as early_mark
+  from (select settle_unmapped($1, $2, coalesce($5, array(select generate_series($3::bigint, $3 + $4::int - 1))),
+                               coalesce($6, array_fill(10::smallint, array[$4])), string_to_array($7, E'\n', ''),
+                               coalesce($8, array_fill(null::text, array[1])), $9, $10) as written offset 0) w;
 
 -- name: settle_batch
 -- One outcome for the whole batch; tells what became of it.
@@ -112,10 +115,6 @@ select u.account_id, u.body, min(u.why)
 -- name: rejoin_receipts
 -- Early receipts whose message is known by now.
 select rejoin_receipts(string_to_array($1, E'\n'));
-
--- name: early_mark
--- The newest early receipt, committed or not: a sequence knows no transactions.
-select coalesce(pg_sequence_last_value('early_receipt_id_seq'), 0);
 
 -- name: sweep_early_receipts
 -- The next early receipts by id, however old: matched, left, or given up after a day.
