@@ -621,7 +621,6 @@ async def test_what_was_accepted_in_its_place_stays_where_it_is(world: World) ->
     campaign_id = await shop.sending(5)
     ((grant, intent),) = await world.send(me)
     await world.accept(me, grant, intent)
-    await shop.receive(**{f"M{intent.ids[1]}": 30})
     rows = "select id, own_state, provider_id, settled_at from message_shown order by id"
     before = await world.pool.fetch(rows)
     said = await world.pool.fetchval(
