@@ -13,7 +13,18 @@ from typing import cast
 import orjson
 import structlog
 
-from smsd import contacts, database, expansions, faults, metrics, mitto, queue, telemetry, text
+from smsd import (
+    contacts,
+    database,
+    expansions,
+    faults,
+    metrics,
+    mitto,
+    model,
+    queue,
+    telemetry,
+    text,
+)
 from smsd.database import Pool, Record, Share
 from smsd.expansions import Chunk, Expansion, Rendered, Skipped
 from smsd.loops import first_of
@@ -108,7 +119,7 @@ class Renderer:
         counts = text.segment_counts(texts)
         if min(counts) < 1 or max(counts) > SEGMENTS_MOST:
             return None
-        return list(map(Rendered._make, zip(phones, texts, counts, strict=True)))
+        return model.rows(Rendered, phones, texts, counts)
 
     def values(self, recipient: Record | Mapping[str, object], phone: int) -> dict[str, str | None]:
         """What the template's merge tags stand for, by `text.tag_key`; a column of the contact wins over an attribute. A

@@ -38,6 +38,7 @@ from smsd.model import (
     SEND_PATH,
     MessageState,
     Outcome,
+    rows,
 )
 
 CONNECT_SECONDS = 5.0
@@ -311,8 +312,8 @@ def _item_results(
     """An id = accepted, whatever else stands there; an error without id = refused; else unknown."""
     accepted = MessageState.ACCEPTED
     if plain := _plain_ids(results):
-        columns = zip([item.message_id for item in items], repeat(accepted), plain, repeat(None))
-        return tuple(map(ItemResult._make, columns))
+        n, posted = len(items), [item.message_id for item in items]
+        return tuple(rows(ItemResult, posted, repeat(accepted, n), plain, repeat(None, n)))
     ids = [_message_id(element) for element in results]
     seen = Counter(ids)
     return tuple(
@@ -530,10 +531,10 @@ def encode(account: Account, items: Sequence[Item]) -> bytes:
     elements: list[dict[str, object]] = [
         {
             "trafficAccountId": provider_id,
-            "destination": f"+{item.phone}",
-            "sms": {"text": item.text, "sender": item.sender},
+            "destination": f"+{phone}",
+            "sms": {"text": text, "sender": sender},
         }
-        for item in items
+        for _, phone, text, sender, _ in items
     ]
     for element, item in zip(elements, items, strict=True):
         if item.reference is not None:

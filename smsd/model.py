@@ -3,7 +3,17 @@
 Numbers are what the database stores; words are what people and programs read. Both live here, once.
 """
 
+from collections.abc import Iterable
 from enum import IntEnum, StrEnum
+from itertools import repeat
+from typing import Any, NamedTuple, TypeVar
+
+Row = TypeVar("Row", bound=NamedTuple)
+
+
+def rows(kind: type[Row], *columns: Iterable[Any]) -> list[Row]:
+    """Named tuples of columns, all equally long: as `_make` of each, which is Python code and takes twice as long."""
+    return list(map(tuple.__new__, repeat(kind), zip(*columns, strict=True)))
 
 
 class BatchState(IntEnum):

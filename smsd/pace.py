@@ -5,10 +5,11 @@ Nothing here decides a limit: that is `queue.claim`. This is how many to ask for
 """
 
 import asyncio
+import contextlib
 import math
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, NamedTuple
 
 import structlog
@@ -26,6 +27,11 @@ REPLICA_IN_FLIGHT = 256
 """Requests in flight of the whole process; no account takes more than half, so that one that hangs stops no other."""
 MESSAGES_IN_FLIGHT = 20_000
 """Messages in memory per account; bounds what a very high limit would claim ahead."""
+GRANTS_MOST = 8
+"""Of one claim."""
+MESSAGES_IN_INTENTS = 2_000
+"""Messages whose intents are written at once: they share a few connections, and what is claimed beyond these misses its
+slot while it waits for its turn."""
 SLOW_ANSWER_SECONDS = 1.0
 """What an answer may take, until there are ten: a process that has just started uses the limit before it knows better."""
 BREAKER_AFTER = 3
@@ -196,7 +202,8 @@ class Pace:
         self._window = float(settings.worker_concurrency)
         # When each was claimed. By grant, not by batch: one that was given back may be here again already.
         self._places: dict[queue.Grant, float] = {}
-        self._messages = 0
+        self._messages = self._in_intents = 0
+        self._batch_size = MESSAGES_IN_INTENTS // 4
         self._seconds = Recent(SLOW_ANSWER_SECONDS)
         self._took = Recent(math.inf)
         self._missed = 0
@@ -230,8 +237,11 @@ class Pace:
         if len(self.sending) >= 3 * places:
             return 0, False
         free = places - len(self._places)
-        if free > 0 and self._messages < MESSAGES_IN_FLIGHT:
-            return min(free, 8), False
+        turns = (MESSAGES_IN_INTENTS - self._in_intents) // self._batch_size
+        # Claimed one by one as intents are written, each would cost as much as several at once.
+        in_turn = self._in_intents <= MESSAGES_IN_INTENTS // 4
+        if free > 0 and in_turn and self._messages < MESSAGES_IN_FLIGHT:
+            return min(free, GRANTS_MOST, max(1, turns)), False
         return max(0, with_priority - len(self._places)), True
 
     def is_closed(self) -> bool:
@@ -261,9 +271,20 @@ class Pace:
     def start(self, grant: queue.Grant, send: Coroutine[Any, Any, None]) -> None:
         self._places[grant] = mitto.clock()
         self._messages += grant.n
+        self._batch_size = grant.n
         task = asyncio.create_task(send, name=f"batch {grant.batch_id}")
         self.sending.add(task)
         task.add_done_callback(self._ended)
+
+    @contextlib.contextmanager
+    def intending(self, grant: queue.Grant) -> Iterator[None]:
+        """While its intent is written, from when on it waits for a connection."""
+        self._in_intents += grant.n
+        try:
+            yield
+        finally:
+            self._in_intents -= grant.n
+            self.freed.set()
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self.sending.discard(task)

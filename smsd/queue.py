@@ -388,19 +388,18 @@ class Answer(NamedTuple):
     @classmethod
     def of(cls, items: Sequence[ItemResult], bulk_id: str | None, status: int | None) -> Self:
         """From what the answer says of each item."""
-        ids, states = [item.message_id for item in items], [item.state for item in items]
-        details = [item.detail for item in items]
+        ids, states, provider_ids, details = zip(*items, strict=True)
         first_id, n = ids[0], len(ids)
         # Nearly always: asyncpg looks at each number of an array twice, which takes as long as all else of an answer.
-        in_row = ids == list(range(first_id, first_id + n))
+        in_row = ids == tuple(range(first_id, first_id + n))
         all_accepted = states.count(MessageState.ACCEPTED) == n
         return cls(
             first_id,
             n,
             None if in_row else array("q", ids),
             None if all_accepted else array("h", states),
-            _joined([item.provider_id or "" for item in items]),
-            details if any(details) else None,
+            _joined([one or "" for one in provider_ids]),
+            list(details) if any(details) else None,
             bulk_id,
             status,
         )

@@ -10,11 +10,12 @@ import random
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
+from itertools import repeat
 
 import asyncpg
 import structlog
 
-from smsd import database, evidence, explain, faults, metrics, mitto, pace, queue
+from smsd import database, evidence, explain, faults, metrics, mitto, model, pace, queue
 from smsd.config import Settings
 from smsd.database import Pool, Share
 from smsd.loops import first_of as _first_of
@@ -128,28 +129,36 @@ class Sender:
     # ---------------------------------------------------------------------------------------- claim
 
     async def _claim_for(self, account: Pace) -> None:
+        no_work_until = 0.0
         while not self._stopping.is_set():
+            if account.news.is_set():
+                no_work_until = 0.0
             account.news.clear()
             account.freed.clear()
             want, priority_only = account.room()
+            if priority_only and mitto.clock() < no_work_until:  # then no single message either
+                want = 0
             closed = self._closed_until - mitto.clock()
             if not want or not self._standing.replica_id or closed > 0:
                 wait = max(account.closed_seconds(), closed)
                 await _first_of(wait, account.news, account.freed, self._stopping)
                 continue
-            pause, for_slot = pace.SLOW_LOOK_SECONDS, False
+            pause, waits_for = pace.SLOW_LOOK_SECONDS, None
             try:
-                pause, for_slot = await self._claim_once(account, want, priority_only)
+                pause, waits_for = await self._claim_once(account, want, priority_only)
             except database.AWAY as error:
                 log.warning("claim.failed", account=account.row.id, error=repr(error))
+            if waits_for == "work":
+                no_work_until = mitto.clock() + pause
             # A claim locks the limit, and a single message waits behind it: none before there is a slot to be had.
-            freed = () if for_slot and not priority_only else (account.freed,)
+            freed = () if waits_for and not priority_only else (account.freed,)
             await _first_of(pause, account.news, *freed, self._stopping)
 
     async def _claim_once(
         self, account: Pace, want: int, priority_only: bool
-    ) -> tuple[float, bool]:
-        """One claim; how many seconds to wait for news before the next, and whether for a slot."""
+    ) -> tuple[float, str | None]:
+        """One claim; how many seconds to wait for news before the next, and whether for a `slot` or for `work`, so that
+        room for more of a campaign helps nothing."""
         self._stepped_ahead(await self._clock.learn(self._pool))
         faults.point("claim.asking")
         before = mitto.clock()
@@ -174,16 +183,16 @@ class Sender:
             wait = (
                 self._next_slot_seconds(account, claim.grants) if len(claim.grants) < want else 0.0
             )
-            return wait, True
+            return wait, "slot"
         if claim.waits_for == "replica_gone":
             self._standing.replica_id = 0
         if account.looks_for_missed() and await queue.take_back_missed(self._pool, account.row.id):
-            return 0.0, False
+            return 0.0, None
         if claim.back_us is None:
-            return pace.SLOW_LOOK_SECONDS, False
+            return pace.SLOW_LOOK_SECONDS, "work" if claim.waits_for == "work" else None
         wait = self._clock.surely_at(claim.back_us) - mitto.clock()
-        for_slot = claim.waits_for in ("account_limit", "tenant_limit")
-        return min(pace.SLOW_LOOK_SECONDS, max(0.001, wait)), for_slot
+        limited = claim.waits_for in ("account_limit", "tenant_limit")
+        return min(pace.SLOW_LOOK_SECONDS, max(0.001, wait)), "slot" if limited else None
 
     def _next_slot_seconds(self, account: Pace, grants: Sequence[queue.Grant]) -> float:
         """How long until a claim may have the slot after these."""
@@ -256,7 +265,8 @@ class Sender:
             faults.point("intent.writing")
             try:
                 db = self._pool if single else self._share
-                intent = await queue.intent(db, grant, self._standing.replica_id)
+                with account.intending(grant):
+                    intent = await queue.intent(db, grant, self._standing.replica_id)
             except database.AWAY as error:
                 why = f"intent not acknowledged: {error!r}"
             else:
@@ -297,13 +307,18 @@ class Sender:
     ) -> mitto.Result:
         """Waits for the slot and posts; takes another slot if it was missed. Raises Withdrawn when it must not leave."""
         referenced = account.row.capabilities.get("referenceKept") is True
-        items = [
-            mitto.Item(
-                message_id, phone, text, intent.sender,
-                evidence.reference(message_id, intent.attempt) if referenced else None,
-            )
-            for message_id, phone, text in zip(intent.ids, intent.phones, intent.texts, strict=True)
-        ]  # fmt: skip
+        n = len(intent.ids)
+        references = [
+            evidence.reference(one, intent.attempt) if referenced else None for one in intent.ids
+        ]
+        items = model.rows(
+            mitto.Item,
+            intent.ids,
+            intent.phones,
+            intent.texts,
+            repeat(intent.sender, n),
+            references,
+        )
         retakes = 0
         while True:
             if not self._clock.is_known():

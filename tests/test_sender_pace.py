@@ -17,7 +17,7 @@ from smsd import config, credits, database, queue
 from smsd.mitto import Client, Result
 from smsd.mitto import clock as mitto_clock
 from smsd.model import Outcome
-from smsd.pace import Pace
+from smsd.pace import REPLICA_IN_FLIGHT, Pace
 from smsd.sender import Sender
 from smsd.simulator import Simulator, Switches
 
@@ -132,6 +132,42 @@ async def test_a_claim_is_made_when_the_next_slot_can_be_had_and_not_before(
 
 
 @pytest.mark.alone
+async def test_who_was_told_that_there_is_no_work_asks_again_at_news_or_a_second_later(
+    pool: database.Pool, shop: Shop, mitto: Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not at each answer that frees a place: neither while only a single message could be had, nor when nothing is
+    left. A single message is news."""
+    asked = 0
+    claim = queue.claim
+
+    async def counted(*arguments: Any, **options: Any) -> queue.Claim:
+        nonlocal asked
+        claimed = await claim(*arguments, **options)
+        asked += claimed.waits_for == "work"
+        return claimed
+
+    monkeypatch.setattr(queue, "claim", counted)
+    mitto.switches = Switches(dlr=False, latency_seconds=0.05)
+    await shop.sending(100, batch_size=1)
+    async with sending(
+        pool, shop.replica_id, mitto.url, worker_concurrency=2, mitto_timeout=4
+    ) as at_work:
+        began_at = time.monotonic()
+        await at_work.until_done()
+        assert asked <= 2 + time.monotonic() - began_at
+        mitto.switches = Switches(dlr=False, hang_before_accept=1, faults_left=400)
+        await shop.sending(400, batch_size=1)
+        await mitto.until(lambda: mitto.ledger.in_flight == REPLICA_IN_FLIGHT // 2)
+        mitto.switches.faults_left = 0
+        began_at = time.monotonic()
+        await one_message(pool, shop, 306911111111)
+        await mitto.until(
+            lambda: any(one.destination == 306911111111 for one in mitto.ledger.messages())
+        )
+        assert time.monotonic() - began_at < 0.5
+
+
+@pytest.mark.alone
 @pytest.mark.parametrize("limit", [20, 100])
 async def test_two_replicas_together_keep_to_the_limit_and_use_it(
     pool: database.Pool, account: int, shop: Shop, mitto: Simulator, dsn: str, limit: int
@@ -239,6 +275,28 @@ async def takes_at_once(account: Pace, most: int) -> None:
     assert account.room() == (3, False)
     for grant in taken:
         account.release(grant)
+
+
+async def test_no_more_is_claimed_than_has_its_intent_written_in_time() -> None:
+    """Intents share a few connections: one of a full batch takes as long as those of many small ones."""
+    account = await grown_to_32()
+    large = [queue.Grant(200 + i, 1, 1, 1, 500, 0) for i in range(2)]
+    for grant in large:
+        account.start(grant, asyncio.sleep(0))
+    await asyncio.gather(*account.sending)
+    assert account.room() == (4, False)
+    with account.intending(large[0]):
+        assert account.room() == (3, False)
+        with account.intending(large[1]):
+            _, priority_only = account.room()
+            assert priority_only
+            account.freed.clear()
+        assert account.freed.is_set(), "or nobody would claim again"
+    small = queue.Grant(300, 1, 1, 1, 5, 0)
+    account.start(small, asyncio.sleep(0))
+    await asyncio.gather(*account.sending)
+    with account.intending(small):
+        assert account.room() == (8, False)
 
 
 async def test_slots_missed_by_one_burst_halve_what_may_be_in_flight_once_and_never_below_the_least() -> (
