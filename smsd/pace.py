@@ -271,7 +271,7 @@ class Pace:
     def start(self, grant: queue.Grant, send: Coroutine[Any, Any, None]) -> None:
         self._places[grant] = mitto.clock()
         self._messages += grant.n
-        self._batch_size = grant.n
+        self._batch_size = max(1, grant.n)
         task = asyncio.create_task(send, name=f"batch {grant.batch_id}")
         self.sending.add(task)
         task.add_done_callback(self._ended)
