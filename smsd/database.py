@@ -53,6 +53,8 @@ UNUSABLE_DSN = asyncpg.exceptions.ClientConfigurationError
 UNDEFINED_FUNCTION = asyncpg.UndefinedFunctionError
 
 _MIGRATION_LOCK = 7276300
+KEPT_SECONDS = 0.02
+"""How long a share keeps a connection that is free."""
 _SERVER_SETTINGS = {
     "application_name": "smsd",
     # A replica that is stopped in the middle must not hold a tenant's row.
@@ -210,36 +212,78 @@ async def open_pool(
 
 class Share:
     """`size` of a pool's connections for work that would have all of them busy at once: its statements wait for each
-    other here, and others find a connection."""
+    other here, and others find a connection. One that is free is kept for a moment, as going back to the pool and
+    coming from it takes as long as a small statement; the one used last is taken first, and the others are given back."""
 
     def __init__(self, pool: Pool, size: int) -> None:
         self._pool, self._turns = pool, asyncio.Semaphore(size)
+        self._kept: list[Any] = []
+        self._rested = 0  # of those, from the first on: how many were not used since the last look
+        self._look: asyncio.TimerHandle | None = None
+        self._leaving: set[asyncio.Task[None]] = set()
 
     async def execute(self, query: str, *args: Any) -> str:
         """As the pool's."""
-        async with self._turns:
-            return await self._pool.execute(query, *args)
+        async with self.acquire() as connection:
+            return await connection.execute(query, *args)
 
     async def fetch(self, query: str, *args: Any) -> list[Record]:
         """As the pool's."""
-        async with self._turns:
-            return await self._pool.fetch(query, *args)
+        async with self.acquire() as connection:
+            return await connection.fetch(query, *args)
 
     async def fetchrow(self, query: str, *args: Any) -> Record | None:
         """As the pool's."""
-        async with self._turns:
-            return await self._pool.fetchrow(query, *args)
+        async with self.acquire() as connection:
+            return await connection.fetchrow(query, *args)
 
     async def fetchval(self, query: str, *args: Any) -> Any:
         """As the pool's."""
-        async with self._turns:
-            return await self._pool.fetchval(query, *args)
+        async with self.acquire() as connection:
+            return await connection.fetchval(query, *args)
 
     @asynccontextmanager
     async def acquire(self) -> AsyncIterator[Connection]:
         """As the pool's."""
-        async with self._turns, self._pool.acquire() as connection:
-            yield connection
+        async with self._turns:
+            connection = self._take() or await self._pool.acquire()
+            try:
+                yield connection
+            except BaseException:  # whatever state it is in, the pool knows what to do
+                await self._pool.release(connection)
+                raise
+            self._kept.append(connection)
+            if self._look is None:
+                self._look_later()
+
+    def _take(self) -> Any:
+        while self._kept:
+            connection = self._kept.pop()
+            self._rested = min(self._rested, len(self._kept))
+            try:
+                if not connection.is_closed():
+                    return connection
+            except asyncpg.InterfaceError:  # it ended while it was kept, and the pool has seen it
+                continue
+            self._give_back(connection)
+        return None
+
+    def _look_later(self) -> None:
+        self._rested = len(self._kept)
+        self._look = asyncio.get_running_loop().call_later(KEPT_SECONDS, self._look_now)
+
+    def _look_now(self) -> None:
+        self._look = None
+        rested, self._kept = self._kept[: self._rested], self._kept[self._rested :]
+        for connection in rested:
+            self._give_back(connection)
+        if self._kept:
+            self._look_later()
+
+    def _give_back(self, connection: Any) -> None:
+        task = asyncio.get_running_loop().create_task(self._pool.release(connection))
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
 
 
 def waiting(pool: Pool) -> int:

@@ -168,6 +168,45 @@ async def test_a_share_has_no_more_connections_than_it_was_given(pool: Pool) -> 
         assert await one.fetchval("select 1") == await other.fetchval("select 1")
 
 
+async def all_are_back(pool: Pool) -> None:
+    async with asyncio.timeout(5):
+        while pool.get_idle_size() < pool.get_size():
+            await asyncio.sleep(0.005)
+
+
+async def test_a_share_uses_the_connection_that_it_used_last_and_gives_back_what_rests(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    share, who = database.Share(pool, 3), "select pg_backend_pid()"
+    monkeypatch.setattr(database, "KEPT_SECONDS", 0.2)
+    async with share.acquire() as one, share.acquire() as other:
+        last = await one.fetchval(who)
+        assert last != await other.fetchval(who)
+    kept = []
+    for _ in range(80):
+        kept.append(pool.get_size() - pool.get_idle_size())
+        assert await share.fetchval(who) == last
+        await asyncio.sleep(0.01)
+    assert (kept[0], kept[-1]) == (2, 1), "the other rested"
+    assert min(kept) == 1, "and the last did not"
+    await all_are_back(pool)
+
+
+async def test_a_share_uses_no_connection_again_that_ended_or_failed(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    share, who = database.Share(pool, 1), "select pg_backend_pid()"
+    monkeypatch.setattr(database, "KEPT_SECONDS", 60)
+    async with share.acquire() as connection:
+        ended = await connection.fetchval(who)
+    await pool.execute("select pg_terminate_backend($1)", ended)
+    await all_are_back(pool)  # the pool has seen its end
+    assert await share.fetchval(who) != ended
+    with pytest.raises(asyncpg.UndefinedColumnError):
+        await share.fetch("select nothing")
+    await all_are_back(pool)
+
+
 async def test_what_must_be_written_is_tried_until_postgres_answers(pool: Pool) -> None:
     async def write() -> int:
         async with pool.acquire() as connection:
