@@ -5,11 +5,10 @@ commits only while its expansion still runs, is still owned by who read it, and 
 """
 
 import asyncio
-import struct
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from datetime import date
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import asyncpg
 
@@ -172,12 +171,14 @@ async def _add_messages(
         return 0
     first_id = int(await connection.fetchval(SQL["take_message_ids"], len(rendered) + len(skipped)))
     if rendered:
-        # One COPY: Postgres sets up room for a thousand rows in each.
-        await connection.copy_to_table(
+        campaign_id = expansion.campaign_id
+        rows = [(campaign_id, i, *one) for i, one in enumerate(rendered, first_id)]
+        # One COPY: Postgres sets up room for a thousand rows in each. asyncpg encodes what it gets in one go, unless
+        # what gives it the rows lets others run.
+        await connection.copy_records_to_table(
             "message",
-            source=_copied(expansion.campaign_id, first_id, rendered),
+            records=_with_pauses(rows),
             columns=["campaign_id", "id", "phone", "text", "segments"],
-            format="binary",
         )
     for start in range(0, len(skipped), _ROWS_BETWEEN_YIELDS):
         some = skipped[start : start + _ROWS_BETWEEN_YIELDS]
@@ -189,28 +190,11 @@ async def _add_messages(
     return first_id
 
 
-async def _copied(
-    campaign_id: int, first_id: int, rendered: Sequence[Rendered]
-) -> AsyncIterator[bytes]:
-    """The rows as COPY takes them (PostgreSQL's manual, "COPY", Binary Format): before each value its length. asyncpg
-    would look at each value, and encode all rows in one go unless each is given to it by itself."""
-    yield b"PGCOPY\n\xff\r\n\0" + bytes(8)
-    begin = struct.pack(">hiqi", 5, 8, campaign_id, 8)
-    ids_to_text, to_end = struct.Struct(">qiqi").pack, struct.Struct(">ih").pack
-    for start in range(0, len(rendered), _ROWS_BETWEEN_YIELDS):
-        pieces: list[bytes] = []
-        some = rendered[start : start + _ROWS_BETWEEN_YIELDS]
-        for message_id, (phone, text, segments) in enumerate(some, first_id + start):
-            encoded = text.encode()
-            pieces += (
-                begin,
-                ids_to_text(message_id, 8, phone, len(encoded)),
-                encoded,
-                to_end(2, segments),
-            )
-        yield b"".join(pieces)
+async def _with_pauses(rows: Sequence[tuple[Any, ...]]) -> AsyncIterator[tuple[Any, ...]]:
+    for start in range(0, len(rows), _ROWS_BETWEEN_YIELDS):
+        for row in rows[start : start + _ROWS_BETWEEN_YIELDS]:
+            yield row
         await asyncio.sleep(0)
-    yield b"\xff\xff"
 
 
 async def _add_batches(

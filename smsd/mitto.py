@@ -71,10 +71,6 @@ class Item(NamedTuple):
     reference: str | None = None
 
 
-ItemFields = tuple[int, int, str, str, str | None]
-"""An `Item`, or a tuple of the same without names, as `zip` makes it of columns in a third of the time."""
-
-
 class ItemResult(NamedTuple):
     """What the answer says of one posted item: ACCEPTED, REFUSED or UNKNOWN."""
 
@@ -311,20 +307,20 @@ def _carries_id(body: bytes, document: object) -> bool:
 
 
 def _item_results(
-    items: Sequence[ItemFields], results: Sequence[object], api_key: str
+    items: Sequence[Item], results: Sequence[object], api_key: str
 ) -> tuple[ItemResult, ...]:
     """An id = accepted, whatever else stands there; an error without id = refused; else unknown."""
-    accepted, posted = MessageState.ACCEPTED, [message_id for message_id, *_ in items]
+    accepted = MessageState.ACCEPTED
     if plain := _plain_ids(results):
-        n = len(items)
+        n, posted = len(items), [item.message_id for item in items]
         return tuple(rows(ItemResult, posted, repeat(accepted, n), plain, repeat(None, n)))
     ids = [_message_id(element) for element in results]
     seen = Counter(ids)
     return tuple(
-        ItemResult(message_id, accepted, provider_id, None)
+        ItemResult(item.message_id, accepted, provider_id, None)
         if provider_id is not None and seen[provider_id] == 1
-        else _undecided(message_id, provider_id, element, api_key)
-        for message_id, provider_id, element in zip(posted, ids, results, strict=True)
+        else _undecided(item, provider_id, element, api_key)
+        for item, provider_id, element in zip(items, ids, results, strict=True)
     )
 
 
@@ -342,15 +338,13 @@ def _plain_ids(results: Sequence[object]) -> list[str] | None:
     return ids if min(lengths) > 0 and max(lengths) <= ID_CHARACTERS_MAX else None
 
 
-def _undecided(
-    message_id: int, provider_id: str | None, element: object, api_key: str
-) -> ItemResult:
+def _undecided(item: Item, provider_id: str | None, element: object, api_key: str) -> ItemResult:
     state, detail = MessageState.UNKNOWN, "the answer has neither id nor error for this message"
     if provider_id is not None:
         detail = f"the answer has the id {provider_id} more than once"
     elif error := _first(_fields(element), _ERROR_NAMES):
         state, detail = MessageState.REFUSED, _readable(error, ITEM_DETAIL_CHARACTERS, api_key)
-    return ItemResult(message_id, state, None, detail)
+    return ItemResult(item.message_id, state, None, detail)
 
 
 # What differs between two answers to the same complaint.
@@ -368,7 +362,7 @@ def classify(
     status: int,
     headers: Mapping[str, str],
     body: bytes,
-    items: Sequence[ItemFields],
+    items: Sequence[Item],
     account: Account,
 ) -> Result:
     """What an answer says of the posted items; never raises.
@@ -529,7 +523,7 @@ def _is_stale(conn: Connection) -> bool:
 
 
 # --- the client ------------------------------------------------------------------------------
-def encode(account: Account, items: Sequence[ItemFields]) -> bytes:
+def encode(account: Account, items: Sequence[Item]) -> bytes:
     """The body of a POST: the element itself for one item, `{"messages": […]}` for more."""
     if not items:
         raise ValueError("there is nothing to post")
@@ -542,9 +536,9 @@ def encode(account: Account, items: Sequence[ItemFields]) -> bytes:
         }
         for _, phone, text, sender, _ in items
     ]
-    for element, (*_, reference) in zip(elements, items, strict=True):
-        if reference is not None:
-            element["reference"] = reference
+    for element, item in zip(elements, items, strict=True):
+        if item.reference is not None:
+            element["reference"] = item.reference
     return orjson.dumps(elements[0] if len(elements) == 1 else {"messages": elements})
 
 
@@ -584,7 +578,7 @@ class Client:
     async def send(
         self,
         account: Account,
-        items: Sequence[ItemFields],
+        items: Sequence[Item],
         gate: Callable[[], None],
         starts_at: float = 0.0,
         on_unseen: Callable[[], None] | None = None,

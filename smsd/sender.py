@@ -15,7 +15,7 @@ from itertools import repeat
 import asyncpg
 import structlog
 
-from smsd import database, evidence, explain, faults, metrics, mitto, pace, queue
+from smsd import database, evidence, explain, faults, metrics, mitto, model, pace, queue
 from smsd.config import Settings
 from smsd.database import Pool, Share
 from smsd.loops import first_of as _first_of
@@ -306,14 +306,19 @@ class Sender:
         intent: queue.Intent,
     ) -> mitto.Result:
         """Waits for the slot and posts; takes another slot if it was missed. Raises Withdrawn when it must not leave."""
+        referenced = account.row.capabilities.get("referenceKept") is True
         n = len(intent.ids)
-        references = (
-            [evidence.reference(one, intent.attempt) for one in intent.ids]
-            if account.row.capabilities.get("referenceKept") is True
-            else repeat(None, n)
+        references = [
+            evidence.reference(one, intent.attempt) if referenced else None for one in intent.ids
+        ]
+        items = model.rows(
+            mitto.Item,
+            intent.ids,
+            intent.phones,
+            intent.texts,
+            repeat(intent.sender, n),
+            references,
         )
-        senders = repeat(intent.sender, n)
-        items = list(zip(intent.ids, intent.phones, intent.texts, senders, references, strict=True))
         retakes = 0
         while True:
             if not self._clock.is_known():
