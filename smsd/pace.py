@@ -129,10 +129,12 @@ class TooLate(Exception):  # noqa: N818 - a fact: there is no slot in time
 
 
 class Turn(NamedTuple):
-    """A slot that has come; `gate` is for `mitto.Client`: past the slot it raises Withdrawn."""
+    """A slot that has come, or is about to; `gate` and `starts_at` are for `mitto.Client`: past the slot the gate raises
+    Withdrawn."""
 
     place: Place
     gate: Callable[[], None]
+    starts_at: float
 
 
 class Questions:
@@ -156,8 +158,9 @@ class Questions:
             await turn.place.count_late(fetched.arrived_by)
             return fetched
 
-    async def turn(self, account_id: int, deadline: float) -> Turn:
-        """Waits for a grant and its slot. Raises TooLate when it would come after the deadline."""
+    async def turn(self, account_id: int, deadline: float, lead_seconds: float = 0.0) -> Turn:
+        """Waits for a grant and its slot, up to `lead_seconds` before it. Raises TooLate when it would come after the
+        deadline."""
         while mitto.clock() < deadline:
             await self._clock.learn(self._pool)
             before = mitto.clock()
@@ -168,10 +171,12 @@ class Questions:
             at = self._clock.surely_at(back if slot is None and back is not None else slot or 0)
             if slot is None and at > deadline:
                 raise TooLate(at - mitto.clock())
-            await asyncio.sleep(max(0.0 if slot else 0.001, at - mitto.clock()))
+            lead = lead_seconds if slot else 0.0
+            await asyncio.sleep(max(0.0 if slot else 0.001, at - lead - mitto.clock()))
             if slot is not None:
                 grant = queue.Grant(0, 0, 0, tenant_id=0, n=0, slot_us=slot)
-                return Turn(Place(self._pool, self._clock, account_id, grant), self._gate(slot))
+                place = Place(self._pool, self._clock, account_id, grant)
+                return Turn(place, self._gate(slot), at)
         raise TooLate(0.0)
 
     def _gate(self, slot_us: int) -> Callable[[], None]:

@@ -26,6 +26,7 @@ TEXTS = 5
 """Messages in the request that asks for the order: by chance alone, one shuffled answer in 120 is in order."""
 SECONDS_MOST = 120.0
 """How long requests are made; the last of them may take the client's time-out more."""
+_LEAD_SECONDS = 0.05
 LOOKS_SECONDS = (0.0, 0.5, 1.0, 2.0, 4.0)
 """Waits before each look for a message that has just been accepted."""
 _TRIES = 5
@@ -299,12 +300,18 @@ class _Probe:
         result = None
         for _ in range(_TRIES):
             try:
-                turn = await self.questions.turn(self.account.id, self.ends_at)
+                # Connecting takes longer than a slot lasts.
+                turn = await self.questions.turn(self.account.id, self.ends_at, _LEAD_SECONDS)
             except TooLate as late:
                 raise self._no_time(late) from None
             try:
                 result = await self.client.send(
-                    self.account, items, turn.gate, 0.0, turn.place.keep, turn.place.late_from()
+                    self.account,
+                    items,
+                    turn.gate,
+                    turn.starts_at,
+                    turn.place.keep,
+                    turn.place.late_from(),
                 )
             except mitto.Withdrawn:
                 await self.questions.give_back(self.account.id, turn)
