@@ -13,23 +13,12 @@ from typing import cast
 import orjson
 import structlog
 
-from smsd import (
-    contacts,
-    database,
-    expansions,
-    faults,
-    metrics,
-    mitto,
-    model,
-    queue,
-    telemetry,
-    text,
-)
+from smsd import contacts, database, expansions, faults, metrics, mitto, queue, telemetry, text
 from smsd.database import Pool, Record, Share
 from smsd.expansions import Chunk, Expansion, Rendered, Skipped
 from smsd.loops import first_of
 from smsd.model import SEGMENTS_MOST as SEGMENTS_MOST
-from smsd.model import Reason
+from smsd.model import Reason, rows
 
 log = structlog.get_logger()
 
@@ -119,7 +108,7 @@ class Renderer:
         counts = text.segment_counts(texts)
         if min(counts) < 1 or max(counts) > SEGMENTS_MOST:
             return None
-        return model.rows(Rendered, phones, texts, counts)
+        return rows(Rendered, phones, texts, counts)
 
     def values(self, recipient: Record | Mapping[str, object], phone: int) -> dict[str, str | None]:
         """What the template's merge tags stand for, by `text.tag_key`; a column of the contact wins over an attribute. A

@@ -300,7 +300,7 @@ class _Probe:
         result = None
         for _ in range(_TRIES):
             try:
-                # Connecting takes longer than a slot lasts.
+                # Made ready before its slot: who has slept until then may take longer for it than a slot lasts.
                 turn = await self.questions.turn(self.account.id, self.ends_at, _LEAD_SECONDS)
             except TooLate as late:
                 raise self._no_time(late) from None

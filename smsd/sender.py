@@ -15,11 +15,11 @@ from itertools import repeat
 import asyncpg
 import structlog
 
-from smsd import database, evidence, explain, faults, metrics, mitto, model, pace, queue
+from smsd import database, evidence, explain, faults, metrics, mitto, pace, queue
 from smsd.config import Settings
 from smsd.database import Pool, Share
 from smsd.loops import first_of as _first_of
-from smsd.model import Outcome
+from smsd.model import Outcome, rows
 from smsd.pace import Pace, Place, Recent
 from smsd.recovery import Memory
 
@@ -311,7 +311,7 @@ class Sender:
         references = [
             evidence.reference(one, intent.attempt) if referenced else None for one in intent.ids
         ]
-        items = model.rows(
+        items = rows(
             mitto.Item,
             intent.ids,
             intent.phones,
